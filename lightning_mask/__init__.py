@@ -1,0 +1,1 @@
+"""Fine-tune, prune and unfreeze a network by mask in PyTorch Lightning."""
