@@ -1,0 +1,280 @@
+"""MaskEngine: holds what the masks hold, exactly, in any PyTorch loop."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from lightning_mask.core.holders import Holder, make_holder
+from lightning_mask.core.maskset import MaskSet, active
+from lightning_mask.core.optimizers import RateFactors, moves_without_gradient, parameters_of, reset_state
+from lightning_mask.core.patterns import aliases
+
+ENGINES = ("auto", "dense")
+
+
+@dataclass
+class Row:
+    """One line of the table of what is held: a tensor, its entries, and by what it is held."""
+
+    name: str
+    shape: tuple[int, ...]
+    active: int
+    density: float
+    held_by: str
+
+
+class MaskEngine:
+    """Keeps every held entry of a model as it is, bit for bit, while an optimizer trains the rest.
+
+    In the loop: ``loss.backward(); engine.after_backward(); optimizer.step()``. Held values are put back by a hook
+    after each ``step``. A tensor that is held whole stops requiring a gradient, so it costs nothing; one that is active
+    whole is left alone.
+
+    Args:
+        model: The module whose parameters are masked, by name.
+        optimizers: The optimizer, or several, that hold the parameters; param groups keep number and order.
+        masks: Name to boolean mask, True = may change. Parameters without a mask are left as they are.
+        engine: ``"auto"`` or ``"dense"``.
+
+    Raises:
+        ValueError: If a mask is of another shape or of no parameter, or a tensor is to train that no optimizer holds.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+        >>> engine = MaskEngine(model, optimizer, MaskSet({"weight": torch.tensor([[True, False]])}))
+        >>> before = model.weight.detach().clone()
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     engine.after_backward()
+        ...     optimizer.step()
+        >>> (model.weight == before).tolist()
+        [[False, True]]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        masks: Mapping[str, Tensor],
+        *,
+        engine: str = "auto",
+    ) -> None:
+        check_engine(engine)
+        self.model = model
+        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self.masks = MaskSet({})
+        self._aliases = aliases(model)
+        self._parameters = dict(model.named_parameters())
+        self._owner = {id(p): optimizer for optimizer in self.optimizers for p in parameters_of(optimizer)}
+        self._required = {name: p.requires_grad for name, p in self._parameters.items()}
+        self._holders: dict[str, Holder] = {}
+        self._norms: dict[nn.Module, tuple[Any, bool]] = {}
+        self._rates: list[RateFactors] = []
+        self._factors: dict[str, float] = {}
+        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in self.optimizers]
+        try:
+            self._set(masks)
+        except Exception:
+            self.release()
+            raise
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the tensors that require a gradient, in the model's order."""
+        return [name for name, p in self._parameters.items() if p.requires_grad]
+
+    def after_backward(self) -> None:
+        """Write +0.0 over the gradient of every held entry; call it after the last backward of a step.
+
+        Raises:
+            ValueError: If a partly held tensor has a sparse gradient.
+        """
+        for name, holder in self._holders.items():
+            gradient = self._parameters[name].grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                raise ValueError(f"{name} is held in part and has a sparse gradient; make its layer with sparse=False.")
+            holder.mask_gradient(gradient.detach())
+
+    @torch.no_grad()
+    def update(self, masks: Mapping[str, Tensor], zero: Mapping[str, Tensor] | None = None) -> None:
+        """Put new masks in force between two steps, or between backward and step.
+
+        Entries that stay active keep their moments; entries that become active start from zero moments (a whole tensor
+        that does, from a new state). Entries that become held are held at the value they have now.
+
+        Args:
+            masks: Name to boolean mask; a name that was masked before and is absent becomes active whole.
+            zero: Name to boolean mask of entries that are held at +0.0.
+
+        Raises:
+            ValueError: As the constructor does.
+        """
+        before = self.masks
+        restored = {name: torch.ones_like(m) for name, m in before.items() if name not in masks}
+        masks = {**restored, **masks}
+        for name, entries in (zero or {}).items():
+            self._parameters[name].data.masked_fill_(entries.to(self._parameters[name].device), 0)
+        for name, mask in masks.items():
+            if name in before:
+                self._start_afresh(name, before[name], mask)
+        self._set(masks)
+
+    def set_rates(self, factors: Mapping[str, float]) -> None:
+        """Multiply the learning rate of the named tensors by their factor from the next step on; 1.0 for all others.
+
+        Raises:
+            ValueError: If an optimizer of a single param group is given different factors.
+        """
+        factors = {name: factor for name, factor in factors.items() if factor != 1.0}
+        if factors == self._factors:
+            return
+        self._factors = factors
+        for rate in self._rates:
+            rate.remove()
+        self._rates = []
+        by_tensor = {self._parameters[name]: factor for name, factor in factors.items()}
+        for optimizer in self.optimizers if factors else []:
+            self._rates.append(RateFactors(optimizer, by_tensor))
+
+    def summary(self) -> list[Row]:
+        """Return one row for each parameter of the model, in its order."""
+        return [self._row(name, p) for name, p in self._parameters.items()]
+
+    def correct(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Make the held entries of a ``state_dict`` exact, whatever the moment it was taken in.
+
+        Entries are replaced, not written to, so that tensors shared with the live model stay untouched.
+        """
+        for name, holder in self._holders.items():
+            for alias in self._aliases[name]:
+                value = state_dict.get(prefix + alias)
+                if isinstance(value, Tensor) and value.shape == self._parameters[name].shape:
+                    exact = value.detach().clone(memory_format=torch.contiguous_format)
+                    exact = exact.to(self._parameters[name].device)
+                    holder.restore(exact)
+                    state_dict[prefix + alias] = exact.to(value.device)
+
+    def release(self) -> None:
+        """Take away every hook and give each parameter the ``requires_grad`` it came with."""
+        for handle in self._handles:
+            handle.remove()
+        for rate in self._rates:
+            rate.remove()
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(self._required[name])
+        self._hold_norms(set())
+        self._handles, self._rates, self._holders = [], [], {}
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for name, holder in self._holders.items():
+            parameter = self._parameters[name]
+            if self._owner.get(id(parameter)) is optimizer:
+                holder.restore(parameter.data)
+
+    @torch.no_grad()
+    def _set(self, masks: Mapping[str, Tensor]) -> None:
+        self._check(masks)
+        changed = MaskSet(masks)
+        for name, mask in changed.items():
+            parameter, count = self._parameters[name], active(mask)
+            self._holders.pop(name, None)
+            owner = self._owner.get(id(parameter))
+            trains = count > 0 or (parameter.numel() == 0 and self._required[name])
+            if trains and not parameter.requires_grad:
+                parameter.requires_grad_(True)
+            elif not trains and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            if owner is not None and not trains:
+                reset_state(owner, parameter)
+            partly = 0 < count < parameter.numel()
+            if partly or (owner is not None and not trains and moves_without_gradient(owner)):
+                self._holders[name] = make_holder(parameter.data, mask.to(parameter.device), count)
+        self.masks = changed
+        self._hold_norms(self._held_norms())
+
+    def _check(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                raise ValueError(f"There is a mask for {name!r}, which is no parameter of {type(self.model).__name__}.")
+            if mask.shape != parameter.shape:
+                raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}.")
+            trains = active(mask) > 0
+            if trains and id(parameter) not in self._owner:
+                raise ValueError(
+                    f"{name} is to train, and no optimizer holds it; hand it to the optimizer in configure_optimizers, "
+                    "or leave it out of the selection."
+                )
+            if trains and not (parameter.is_floating_point() or parameter.is_complex()):
+                raise ValueError(f"{name} is to train, and its dtype {parameter.dtype} has no gradient.")
+
+    def _start_afresh(self, name: str, before: Tensor, after: Tensor) -> None:
+        parameter = self._parameters[name]
+        owner = self._owner.get(id(parameter))
+        if owner is None or active(before) == before.numel():
+            return
+        if active(before) == 0:
+            reset_state(owner, parameter)
+            return
+        new = after.to(parameter.device) & ~before.to(parameter.device)
+        if bool(new.any()):
+            reset_state(owner, parameter, new)
+
+    def _row(self, name: str, parameter: nn.Parameter) -> Row:
+        n = parameter.numel()
+        count = active(self.masks[name]) if name in self.masks else n * parameter.requires_grad
+        if name in self._holders and count:
+            held_by = "dense"
+        else:
+            held_by = "requires_grad" if count == 0 and n else "-"
+        return Row(name, tuple(parameter.shape), count, count / n if n else 0.0, held_by)
+
+    def _held_norms(self) -> set[nn.Module]:
+        """Modules with running statistics whose parameters, or those of the nearest module around them, are all held."""
+        held = {n for n, m in self.masks.items() if active(m) == 0 and m.numel()}
+        names: dict[int, str] = {id(p): n for n, p in self._parameters.items()}
+        modules = dict(self.model.named_modules())
+        found = set()
+        for path, module in modules.items():
+            if not (isinstance(module, _NormBase) and module.track_running_stats):
+                continue
+            around = path
+            while around and next(modules[around].parameters(), None) is None:
+                around = around.rpartition(".")[0]
+            inside = [names[id(p)] for p in modules[around].parameters()]
+            if inside and held.issuperset(inside):
+                found.add(module)
+        return found
+
+    def _hold_norms(self, norms: Iterable[nn.Module]) -> None:
+        wanted = set(norms)
+        for module in [m for m in self._norms if m not in wanted]:
+            handle, mode = self._norms.pop(module)
+            handle.remove()
+            module.training = mode
+        for module in wanted - set(self._norms):
+            self._norms[module] = (module.register_forward_pre_hook(_to_eval), module.training)
+
+
+def _to_eval(module: nn.Module, _: Any) -> None:
+    module.training = False
+
+
+def check_engine(engine: str) -> None:
+    """Refuse a way of holding that does not exist.
+
+    Raises:
+        ValueError: Naming those that do.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is unknown; there are {', '.join(ENGINES)}.")

@@ -1,0 +1,110 @@
+"""What the engine does to an optimizer besides masking: per-tensor rates, and state that starts afresh."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def parameters_of(optimizer: Optimizer) -> Iterable[Tensor]:
+    """All parameters of an optimizer, group by group."""
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def moves_without_gradient(optimizer: Optimizer) -> bool:
+    """Whether ``step`` may change a parameter that has no gradient (LBFGS takes it as zeros and has directions)."""
+    return isinstance(optimizer, torch.optim.LBFGS)
+
+
+_INITIAL: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
+    ("Rprop", "step_size"): lambda group: group["lr"],
+    ("Adagrad", "sum"): lambda group: group["initial_accumulator_value"],
+}
+"""Per-entry state that does not start from zero, by optimizer class and state key."""
+
+
+def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None = None) -> None:
+    """Start the optimizer's state of ``parameter`` afresh: all of it, or that of some entries.
+
+    Whole: the state is dropped, and the optimizer makes a new one with its own step count at its next step. Entries:
+    each state tensor of the parameter's shape gets its initial value there. LBFGS keeps one state for all parameters,
+    which stays as it is.
+
+    Args:
+        optimizer: The optimizer that holds ``parameter``.
+        parameter: One of its parameters.
+        entries: Boolean, of the parameter's shape: the entries that start afresh; None: all.
+    """
+    state = optimizer.state.get(parameter)
+    if not state or isinstance(optimizer, torch.optim.LBFGS):
+        return
+    if entries is None and not isinstance(optimizer, torch.optim.Adagrad):  # Adagrad makes its state only when it is made
+        del optimizer.state[parameter]
+        return
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape == parameter.shape:
+            initial = _INITIAL.get((type(optimizer).__name__, key), lambda _: 0.0)(group)
+            value.fill_(initial) if entries is None else value.masked_fill_(entries.to(value.device), float(initial))
+        elif entries is None and key == "step":
+            value.zero_()
+
+
+class RateFactors:
+    """Multiplies the learning rate of single tensors for the length of a step, without changing the param groups.
+
+    While ``optimizer.step`` runs, each group stands split by factor; before and after it the groups are the user's own
+    objects in their own order, so that schedulers, loggers and checkpoints see nothing.
+
+    Args:
+        optimizer: The optimizer to wrap with step hooks.
+        factors: Parameter to factor; tensors that are absent keep their rate.
+
+    Raises:
+        ValueError: If the optimizer takes a single param group (LBFGS) and the factors differ.
+    """
+
+    def __init__(self, optimizer: Optimizer, factors: Mapping[Tensor, float]) -> None:
+        self.optimizer = optimizer
+        self._factors = {id(p): f for p, f in factors.items()}
+        self._own: list[dict[str, Any]] | None = None
+        values = {self._factors.get(id(p), 1.0) for p in parameters_of(optimizer)}
+        if len(values) > 1 and isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS takes one learning rate for all tensors; give lr_scale one number that covers them all.")
+        self._handles = [
+            optimizer.register_step_pre_hook(self._split),
+            optimizer.register_step_post_hook(self._join),
+            optimizer.register_state_dict_pre_hook(self._join),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks away and leave the groups as they were."""
+        self._join()
+        for handle in self._handles:
+            handle.remove()
+
+    def _split(self, *_: Any) -> None:
+        self._join()
+        self._own = self.optimizer.param_groups
+        self.optimizer.param_groups = [part for group in self._own for part in self._parts(group)]
+
+    def _parts(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        by_factor: dict[float, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_factor.setdefault(self._factors.get(id(parameter), 1.0), []).append(parameter)
+        if set(by_factor) <= {1.0}:
+            return [group]
+        return [{**group, "params": params, "lr": group["lr"] * f, "_of": group} for f, params in by_factor.items()]
+
+    def _join(self, *_: Any) -> None:
+        if self._own is None:
+            return
+        for part in self.optimizer.param_groups:  # some optimizers keep numbers of theirs in the group
+            group = part.get("_of")
+            if group is not None:
+                group.update({k: v for k, v in part.items() if k not in ("params", "lr", "_of")})
+        self.optimizer.param_groups, self._own = self._own, None

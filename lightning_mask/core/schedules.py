@@ -1,0 +1,135 @@
+"""Schedules: sparsity as a function of progress, and moments: points in training."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_mask.core.allocation import share
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    # Share of the final sparsity at progress t in [0, 1] of the ramp.
+    "constant": lambda t: 1.0,
+    "linear": lambda t: t,
+    # Zhu and Gupta, "To prune, or not to prune" (2017), equation (1) with initial sparsity 0.
+    "cubic": lambda t: 1.0 - (1.0 - t) ** 3,
+}
+
+
+def schedule(name: str) -> Callable[[float], float]:
+    """Return the schedule of that name: progress in [0, 1] to a share of the final sparsity.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule={name!r} is unknown; there are {', '.join(sorted(SCHEDULES))}.")
+    return SCHEDULES[name]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a moment is measured against.
+
+    Attributes:
+        total_steps: Optimizer steps of the whole run; ``inf`` when it has no end.
+        steps_per_epoch: Optimizer steps of an epoch; ``inf`` when unknown.
+    """
+
+    total_steps: float
+    steps_per_epoch: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point in training, counted from its start in optimizer steps: ``"500 steps"``, ``"2 epochs"``, ``"30%"``."""
+
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        number = f"{self.value:g}"
+        return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
+
+    @classmethod
+    def parse(cls, text: Any, argument: str) -> "Moment":
+        """Read a moment.
+
+        Raises:
+            ValueError: If ``text`` is not one.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|steps?|epochs?)\s*", text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(f"{argument}={text!r} must be a moment such as '500 steps', '2 epochs' or '30%'.")
+        value, unit = float(match[1]), match[2].rstrip("s") + ("s" if match[2] != "%" else "")
+        if unit == "%" and value > 100:
+            raise ValueError(f"{argument}={text!r} lies beyond the end of the run; give at most '100%'.")
+        if unit == "steps" and value != int(value):
+            raise ValueError(f"{argument}={text!r} must be a whole number of steps.")
+        return cls(value, unit)
+
+    def steps(self, run: Run, argument: str) -> int:
+        """Return the moment as a number of optimizer steps since the start of training.
+
+        Raises:
+            ValueError: If the run has no end (percent) or no known epoch length (epochs).
+        """
+        if self.unit == "steps":
+            return int(self.value)
+        length = run.total_steps if self.unit == "%" else run.steps_per_epoch
+        if not math.isfinite(length):
+            need = "max_steps or max_epochs" if self.unit == "%" else "a training loader with a length"
+            raise ValueError(f"{argument}={str(self)!r} needs a run with an end: set {need}, or give a number of steps.")
+        return share(self.value / 100, int(length)) if self.unit == "%" else share(self.value, int(length))
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The moment when a logged metric stops improving.
+
+    Attributes:
+        monitor: Name of the metric.
+        patience: Checks without improvement that end the phase.
+        mode: ``"min"`` or ``"max"``: what an improvement is.
+        min_delta: An improvement must be larger than this.
+    """
+
+    monitor: str
+    patience: int = 2
+    mode: str = "min"
+    min_delta: float = 0.0
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any], argument: str) -> "Plateau":
+        """Read a plateau from a mapping.
+
+        Raises:
+            ValueError: If a key is unknown or missing, or a value out of range.
+        """
+        known = {"monitor", "patience", "mode", "min_delta"}
+        odd = sorted(set(given) - known)
+        if odd or "monitor" not in given:
+            what = f"has the unknown key {odd[0]!r}" if odd else "lacks the key 'monitor'"
+            raise ValueError(f"{argument}={dict(given)!r} {what}; a plateau has {', '.join(sorted(known))}.")
+        plateau = cls(**given)
+        if plateau.mode not in ("min", "max"):
+            raise ValueError(f"{argument}: mode={plateau.mode!r} must be 'min' or 'max'.")
+        if not isinstance(plateau.patience, int) or plateau.patience < 1 or plateau.min_delta < 0:
+            raise ValueError(f"{argument}: patience must be a whole number from 1 and min_delta at least 0, got {given!r}.")
+        return plateau
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` is better than ``best`` by more than ``min_delta``; nan never is."""
+        if math.isnan(value):
+            return False
+        if best is None:
+            return True
+        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
+
+
+def parse_until(until: Any, argument: str) -> Moment | Plateau | None:
+    """Read what ends a phase: a moment, a plateau, or nothing."""
+    if until is None:
+        return None
+    return Plateau.parse(until, argument) if isinstance(until, Mapping) else Moment.parse(until, argument)
