@@ -34,7 +34,9 @@ class Budget:
         """
         count = share(self.amount, n) if isinstance(self.amount, float) else self.amount
         if count > n:
-            raise ValueError(f"{count:,} entries were asked for and the scope has {n:,}; lower the number or widen the scope.")
+            raise ValueError(
+                f"{count:,} entries were asked for and the scope has {n:,}; lower the number or widen the scope."
+            )
         return n - count if self.removed else count
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_mask.core.distributed import mean_over_ranks
 
 Scores = dict[str, Tensor]
-Criterion = Callable[[dict[str, Tensor], "Context"], Scores]
+Criterion = Callable[[Mapping[str, Tensor], "Context"], Scores]
 
 CRITERIA: dict[str, Criterion] = {}
 
@@ -96,7 +96,9 @@ class Context:
     def batches(self) -> Iterable[object]:
         """Training batches of this rank, on the model's device."""
         if self._batches is None:
-            raise ValueError("This criterion needs training batches; pass batches= and loss=, or pick one without data.")
+            raise ValueError(
+                "This criterion needs training batches; pass batches= and loss=, or pick one without data."
+            )
         self.used_data = True
         return self._batches()
 
@@ -142,7 +144,7 @@ def _ready_for_gradients(model: nn.Module, tensors: list[Tensor]) -> Iterator[No
             module.training = mode
 
 
-def compute(score: str | Criterion, params: dict[str, Tensor], context: Context) -> Scores:
+def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Context) -> Scores:
     """Run a criterion, check what it returned, and average data-made scores over ranks.
 
     Raises:
@@ -184,7 +186,7 @@ def random_scores(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Scores:
 
 
 @criterion("random")
-def random(params: dict[str, Tensor], context: Context) -> Scores:
+def random(params: Mapping[str, Tensor], context: Context) -> Scores:
     """Uniform noise, independent for each tensor and seed.
 
     Source: Xu and Zhang, "Random Masking Finds Winning Tickets for Parameter Efficient Fine-tuning" (2024).
@@ -193,13 +195,13 @@ def random(params: dict[str, Tensor], context: Context) -> Scores:
 
 
 @criterion("magnitude")
-def magnitude(params: dict[str, Tensor], context: Context) -> Scores:
+def magnitude(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``|w|``. Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (2015)."""
     return {name: p.detach().abs() for name, p in params.items()}
 
 
 @criterion("gradient")
-def gradient(params: dict[str, Tensor], context: Context) -> Scores:
+def gradient(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``sum over batches of |dL_b/dw|``. Source: Song et al., "Sparse is Enough in Fine-tuning" (SIFT, 2023), on batches."""
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in params.items()}
     for grads in context.gradients(params):
@@ -209,7 +211,7 @@ def gradient(params: dict[str, Tensor], context: Context) -> Scores:
 
 
 @criterion("fisher")
-def fisher(params: dict[str, Tensor], context: Context) -> Scores:
+def fisher(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``1/B * sum over batches of (dL_b/dw)^2``: the empirical Fisher information with squared *batch* gradients.
 
     Source: Xu et al., "Raise a Child in Large Language Model" (Child-Tuning-D, 2021), equation (6), as its code takes it;

@@ -141,7 +141,7 @@ class MaskEngine:
         for rate in self._rates:
             rate.remove()
         self._rates = []
-        by_tensor = {self._parameters[name]: factor for name, factor in factors.items()}
+        by_tensor: dict[Tensor, float] = {self._parameters[name]: factor for name, factor in factors.items()}
         for optimizer in self.optimizers if factors else []:
             self._rates.append(RateFactors(optimizer, by_tensor))
 
@@ -162,6 +162,11 @@ class MaskEngine:
                     exact = exact.to(self._parameters[name].device)
                     holder.restore(exact)
                     state_dict[prefix + alias] = exact.to(value.device)
+
+    def restore(self) -> None:
+        """Write every held value back, as is done after each step."""
+        for optimizer in self.optimizers:
+            self._after_step(optimizer)
 
     def release(self) -> None:
         """Take away every hook and give each parameter the ``requires_grad`` it came with."""
@@ -208,7 +213,9 @@ class MaskEngine:
             if parameter is None:
                 raise ValueError(f"There is a mask for {name!r}, which is no parameter of {type(self.model).__name__}.")
             if mask.shape != parameter.shape:
-                raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}.")
+                raise ValueError(
+                    f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}."
+                )
             trains = active(mask) > 0
             if trains and id(parameter) not in self._owner:
                 raise ValueError(
@@ -233,10 +240,8 @@ class MaskEngine:
     def _row(self, name: str, parameter: nn.Parameter) -> Row:
         n = parameter.numel()
         count = active(self.masks[name]) if name in self.masks else n * parameter.requires_grad
-        if name in self._holders and count:
-            held_by = "dense"
-        else:
-            held_by = "requires_grad" if count == 0 and n else "-"
+        whole = "requires_grad" if count == 0 and n else "-"
+        held_by = "dense" if name in self._holders and count else whole
         return Row(name, tuple(parameter.shape), count, count / n if n else 0.0, held_by)
 
     def _held_norms(self) -> set[nn.Module]:
@@ -244,7 +249,7 @@ class MaskEngine:
         held = {n for n, m in self.masks.items() if active(m) == 0 and m.numel()}
         names: dict[int, str] = {id(p): n for n, p in self._parameters.items()}
         modules = dict(self.model.named_modules())
-        found = set()
+        found: set[nn.Module] = set()
         for path, module in modules.items():
             if not (isinstance(module, _NormBase) and module.track_running_stats):
                 continue

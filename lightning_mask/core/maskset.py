@@ -63,11 +63,13 @@ class MaskSet(Mapping[str, Tensor]):
             raise ValueError(f"These masks are of different tensors; only one of them has {', '.join(odd[:5])}.")
         for name in self:
             if self[name].shape != other[name].shape:
-                raise ValueError(f"{name}: mask shapes differ, {tuple(self[name].shape)} and {tuple(other[name].shape)}.")
+                raise ValueError(
+                    f"{name}: mask shapes differ, {tuple(self[name].shape)} and {tuple(other[name].shape)}."
+                )
         return MaskSet({name: op(self[name], other[name].to(self[name].device)) for name in self})
 
     def __and__(self, other: "MaskSet") -> "MaskSet":
-        return self._combine(other, torch.logical_and)
+        return self._combine(other, both)
 
     def __or__(self, other: "MaskSet") -> "MaskSet":
         return self._combine(other, torch.logical_or)
@@ -182,8 +184,19 @@ class MaskSet(Mapping[str, Tensor]):
         except (KeyError, ValueError, json.JSONDecodeError) as error:
             raise ValueError(f"The mask file {str(path)!r} is damaged ({error!r}); write it again.") from None
         if loaded.hash() != metadata.get("hash"):
-            raise ValueError(f"The mask file {str(path)!r} is damaged: its content does not match its hash; write it again.")
+            raise ValueError(
+                f"The mask file {str(path)!r} is damaged: its content does not match its hash; write it again."
+            )
         return loaded
+
+
+def both(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a & b`` on the device of ``a``; at no cost where one of them is all True."""
+    if _uniform(b) is True:
+        return a
+    if _uniform(a) is True:
+        return b.to(a.device)
+    return a & b.to(a.device)
 
 
 def active(mask: Tensor) -> int:

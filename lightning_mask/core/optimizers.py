@@ -40,7 +40,9 @@ def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None 
     state = optimizer.state.get(parameter)
     if not state or isinstance(optimizer, torch.optim.LBFGS):
         return
-    if entries is None and not isinstance(optimizer, torch.optim.Adagrad):  # Adagrad makes its state only when it is made
+    if entries is None and not isinstance(
+        optimizer, torch.optim.Adagrad
+    ):  # Adagrad makes its state only when it is made
         del optimizer.state[parameter]
         return
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
@@ -74,7 +76,9 @@ class RateFactors:
         self._own: list[dict[str, Any]] | None = None
         values = {self._factors.get(id(p), 1.0) for p in parameters_of(optimizer)}
         if len(values) > 1 and isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("LBFGS takes one learning rate for all tensors; give lr_scale one number that covers them all.")
+            raise ValueError(
+                "LBFGS takes one learning rate for all tensors; give lr_scale one number that covers them all."
+            )
         self._handles = [
             optimizer.register_step_pre_hook(self._split),
             optimizer.register_step_post_hook(self._join),

@@ -50,9 +50,7 @@ def repeated_blocks(model: nn.Module) -> list[str]:
         sizes = [sum(p.numel() for p in child.parameters()) for _, child in children]
         if blocks and all(sizes) and all(len(list(child.children())) for _, child in children):
             kind = kinds.pop()
-            found.setdefault(kind, []).extend(
-                (f"{prefix}{n}", s) for (n, _), s in zip(children, sizes, strict=True)
-            )
+            found.setdefault(kind, []).extend((f"{prefix}{n}", s) for (n, _), s in zip(children, sizes, strict=True))
             return
         for name, child in children:
             visit(child, f"{prefix}{name}.")
@@ -88,7 +86,9 @@ def resolve(patterns: Patterns, model: nn.Module, argument: str = "patterns") ->
             chosen = set(names)
         hits = _match(bare, model, names)
         if not hits:
-            raise ValueError(f"{argument}: the pattern {pattern!r} matches no parameter. {_nearest(bare, model, names)}")
+            raise ValueError(
+                f"{argument}: the pattern {pattern!r} matches no parameter. {_nearest(bare, model, names)}"
+            )
         chosen = chosen - hits if negative else chosen | hits
     return [name for name in names if name in chosen]
 
@@ -123,7 +123,9 @@ def _slice(text: str, pattern: str, blocks: list[str]) -> list[str]:
             return [] if numbers[0] is None else [blocks[numbers[0]]]
         return blocks[slice(*numbers)]
     except (ValueError, TypeError):
-        raise ValueError(f"The pattern {pattern!r} must be 'layers:' and a slice or a number, e.g. 'layers:-2:'.") from None
+        raise ValueError(
+            f"The pattern {pattern!r} must be 'layers:' and a slice or a number, e.g. 'layers:-2:'."
+        ) from None
     except IndexError:
         return []
 

@@ -80,7 +80,9 @@ class Moment:
         length = run.total_steps if self.unit == "%" else run.steps_per_epoch
         if not math.isfinite(length):
             need = "max_steps or max_epochs" if self.unit == "%" else "a training loader with a length"
-            raise ValueError(f"{argument}={str(self)!r} needs a run with an end: set {need}, or give a number of steps.")
+            raise ValueError(
+                f"{argument}={str(self)!r} needs a run with an end: set {need}, or give a number of steps."
+            )
         return share(self.value / 100, int(length)) if self.unit == "%" else share(self.value, int(length))
 
 
@@ -116,7 +118,9 @@ class Plateau:
         if plateau.mode not in ("min", "max"):
             raise ValueError(f"{argument}: mode={plateau.mode!r} must be 'min' or 'max'.")
         if not isinstance(plateau.patience, int) or plateau.patience < 1 or plateau.min_delta < 0:
-            raise ValueError(f"{argument}: patience must be a whole number from 1 and min_delta at least 0, got {given!r}.")
+            raise ValueError(
+                f"{argument}: patience must be a whole number from 1 and min_delta at least 0, got {given!r}."
+            )
         return plateau
 
     def improves(self, value: float, best: float | None) -> bool:

@@ -82,10 +82,14 @@ class Selection:
         else:
             names = [n for n in resolve(self.scope, model, "scope") if n not in train]
         if not names:
-            raise ValueError("scope: nothing is left to rank, `train` names every tensor already; narrow train or drop score.")
+            raise ValueError(
+                "scope: nothing is left to rank, `train` names every tensor already; narrow train or drop score."
+            )
         for name in names:
             if not parameters[name].is_floating_point():
-                raise ValueError(f"scope: {name} is of dtype {parameters[name].dtype}, which cannot be ranked; take it away with '!{name}'.")
+                raise ValueError(
+                    f"scope: {name} is of dtype {parameters[name].dtype}, which cannot be ranked; take it away with '!{name}'."
+                )
         return names
 
     def check(self, model: nn.Module) -> None:

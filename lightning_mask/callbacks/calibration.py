@@ -1,0 +1,103 @@
+"""Training batches and a loss for criteria, taken from a Trainer without disturbing its run."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+
+def training_batches(trainer: Trainer, count: int) -> Iterator[Any]:
+    """Yield up to ``count`` training batches of this rank, on its device.
+
+    They come from copies of the run's own loaders, so that an iteration in progress and a loader's saved state stay as
+    they are; the global random states are put back afterwards.
+
+    Raises:
+        ValueError: If the training data can be iterated over only once.
+    """
+    loaders = trainer.fit_loop._combined_loader
+    assert loaders is not None
+    fresh = CombinedLoader(_copy_loaders(loaders.iterables), loaders._mode)
+    module = trainer.lightning_module
+    count = int(min(count, trainer.num_training_batches))
+    with isolate_rng():
+        for batch, _, _ in islice(iter(fresh), count):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _copy_loaders(loaders: Any) -> Any:
+    if isinstance(loaders, dict):
+        return {key: _copy_loaders(value) for key, value in loaders.items()}
+    if isinstance(loaders, list | tuple) and any(isinstance(x, DataLoader) for x in loaders):
+        return type(loaders)(_copy_loaders(value) for value in loaders)
+    if isinstance(loaders, DataLoader):
+        clone = copy.copy(loaders)
+        clone._iterator = None
+        return clone
+    if isinstance(loaders, Iterator):
+        raise ValueError(
+            "The training data can be iterated over only once, so a criterion cannot look at it; give the Trainer a "
+            "DataLoader, or choose a criterion without data."
+        )
+    return loaders
+
+
+def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
+    """Return the loss of one batch: from ``module.mask_loss(batch)`` where it is defined, else from its training step.
+
+    The training step runs with logging silenced and metrics kept as they are.
+
+    Raises:
+        ValueError: If the module optimizes manually and has no ``mask_loss``, or no loss comes back.
+    """
+    own = getattr(module, "mask_loss", None)
+    with trainer.precision_plugin.forward_context(), isolate_rng():
+        if callable(own):
+            loss = own(batch)
+        elif module.automatic_optimization:
+            with _quiet(module):
+                takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+                output = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+            loss = output.get("loss") if isinstance(output, dict) else output
+        else:
+            raise ValueError(
+                f"{type(module).__name__} optimizes manually, so its training_step cannot be used to score entries; define "
+                "mask_loss(self, batch) that returns the loss, or choose a criterion without data."
+            )
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{type(module).__name__} returned {type(loss).__name__} for a batch; a criterion needs its loss."
+        )
+    return loss
+
+
+@contextmanager
+def _quiet(module: LightningModule) -> Iterator[None]:
+    """Silence ``self.log`` and keep metric states while a training step runs outside the loop."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    kept = [(m, copy.deepcopy(m.metric_state), m._update_count, m._computed) for m in metrics]
+    object.__setattr__(module, "log", _nothing)
+    object.__setattr__(module, "log_dict", _nothing)
+    try:
+        yield
+    finally:
+        del module.log, module.log_dict
+        for metric, state, count, computed in kept:
+            for name, value in state.items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = count, computed
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None

@@ -1,0 +1,160 @@
+"""FreezeMask: a selection held for the whole run."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from lightning_mask.callbacks.base import MaskCallback, plain
+from lightning_mask.callbacks.session import Session
+from lightning_mask.core import criteria
+from lightning_mask.core.engine import check_engine
+from lightning_mask.core.maskset import MaskSet
+from lightning_mask.core.schedules import Moment, Run
+from lightning_mask.core.selection import Selection
+
+Strings = str | list[str] | None
+
+
+class FreezeMask(MaskCallback):
+    """Hold every entry of the model that the selection does not name, bit for bit, for the whole run.
+
+    Args:
+        train: Patterns of tensors that may change whole: globs over parameter names (``"classifier.*"``, ``"*.bias"``),
+            a module's name (everything below it), ``"re:<regex>"``, ``"type:LayerNorm"`` (module class), ``"layers:-2:"``
+            (a slice of the model's repeated blocks); ``"!<pattern>"`` takes away. A tied parameter answers to each of its
+            names. What neither ``train`` nor ``scope`` names is held whole. A normalisation module all of whose
+            parameters are held uses its stored statistics, which do not move.
+        score: Criterion that ranks the entries in ``scope``: a registered name, or a function; adds to ``train``.
+        density: Float in (0, 1], the share of the entries in scope that may change, or int, their number.
+        scope: Patterns; default: every trainable tensor that ``train`` does not name.
+        structure: What is ranked together: ``"entry"``, ``"row"``, ``"tensor"``.
+        allocation: How the budget is shared among tensors: ``"global"``, ``"uniform"``, ``"erk"``.
+        batches: Number of training batches (per rank) shown to a criterion that needs data.
+        seed: Seed of random criteria.
+        mask: Path of a mask file or a ``MaskSet``, instead of a criterion.
+        refresh: Moment between re-selections, e.g. ``"100 steps"``; None: once.
+        engine: How entries are held: ``"auto"`` or ``"dense"``.
+
+    Raises:
+        ValueError: If an argument is out of range, or nothing would train.
+
+    Example:
+        >>> FreezeMask(train="classifier", score="fisher", density=0.005).engine
+        'auto'
+    """
+
+    def __init__(
+        self,
+        train: Strings = None,
+        *,
+        score: str | Callable[..., Any] | None = None,
+        density: float | int | None = None,
+        scope: Strings = None,
+        structure: str = "entry",
+        allocation: str = "global",
+        batches: int = 32,
+        seed: int = 0,
+        mask: str | os.PathLike[str] | MaskSet | None = None,
+        refresh: str | None = None,
+        engine: str = "auto",
+    ) -> None:
+        check_engine(engine)
+        self.engine = engine
+        self.selection = make_selection(
+            "FreezeMask",
+            train=train,
+            score=score,
+            density=density,
+            scope=scope,
+            structure=structure,
+            allocation=allocation,
+            batches=batches,
+            seed=seed,
+            mask=mask,
+        )
+        if self.selection.empty:
+            raise ValueError("FreezeMask trains nothing: give it train=, score= and density=, or mask=.")
+        self.refresh = parse_refresh(refresh, self.selection, "FreezeMask")
+        self.needs_reference = self.refresh is not None and may_need_reference(self.selection)
+        self._draws = 0
+        self._every = 0
+
+    @property
+    def state_key(self) -> str:
+        """A key that tells several FreezeMasks apart and does not depend on how entries are held."""
+        recipe = {k: v for k, v in self.selection.recipe().items() if k != "batches"}
+        return self._generate_state_key(recipe=json.dumps(recipe, sort_keys=True))
+
+    def check(self, session: Session) -> None:
+        """Refuse bad input before training."""
+        session.check_selection(self.selection, "FreezeMask")
+
+    def measure(self, run: Run) -> None:
+        """Turn ``refresh`` into steps."""
+        self._every = refresh_steps(self.refresh, run, "FreezeMask")
+
+    def begin(self, session: Session) -> None:
+        """Choose the mask, unless a checkpoint brought it."""
+        if not self._restored:
+            self._draws = 0
+            self._masks = session.select(self.selection)
+
+    def advance(self, session: Session) -> str | None:
+        """Choose anew when ``refresh`` says so."""
+        if not self._every or session.step // self._every <= self._draws:
+            return None
+        self._draws = session.step // self._every
+        self._masks = session.select(self.selection, self._draws)
+        return f"mask drawn anew after {session.step} steps"
+
+    def own_state(self) -> dict[str, Any]:
+        """Return how often the mask was drawn anew."""
+        return {"draws": self._draws}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take over the number of draws."""
+        self._draws = state["draws"]
+
+
+def make_selection(where: str, **arguments: Any) -> Selection:
+    """Build a selection from a callback's arguments.
+
+    Raises:
+        ValueError: As ``Selection`` does, with ``where`` in front.
+    """
+    arguments = {key: plain(value) for key, value in arguments.items()}
+    try:
+        return Selection(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def may_need_reference(selection: Selection) -> bool:
+    """Whether the criterion is the user's own, which may ask for the weights from the start of training."""
+    return selection.score is not None and criteria.get(selection.score).__module__ != criteria.__name__
+
+
+def parse_refresh(refresh: str | None, selection: Selection, where: str) -> Moment | None:
+    """Read the moment between re-selections.
+
+    Raises:
+        ValueError: If it is no moment, or there is no criterion to select by.
+    """
+    if refresh is None:
+        return None
+    if selection.score is None:
+        raise ValueError(f"{where}: refresh needs a criterion to select anew; give score=, or leave refresh out.")
+    return Moment.parse(refresh, f"{where}: refresh")
+
+
+def refresh_steps(refresh: Moment | None, run: Run, where: str) -> int:
+    """Return the optimizer steps between re-selections, 0 for never.
+
+    Raises:
+        ValueError: If they are less than one step in this run.
+    """
+    steps = 0 if refresh is None else refresh.steps(run, f"{where}: refresh")
+    if refresh is not None and steps < 1:
+        raise ValueError(f"{where}: refresh={str(refresh)!r} is less than a step in this run.")
+    return steps

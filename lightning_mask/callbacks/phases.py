@@ -1,0 +1,444 @@
+"""PhaseUnfreeze: change what is held as training goes on."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lightning_mask.callbacks.base import MaskCallback, plain
+from lightning_mask.callbacks.freeze import Strings, make_selection, may_need_reference, parse_refresh, refresh_steps
+from lightning_mask.callbacks.session import Session
+from lightning_mask.core.distributed import mean_over_ranks, require_equal
+from lightning_mask.core.engine import check_engine
+from lightning_mask.core.maskset import MaskSet
+from lightning_mask.core.patterns import repeated_blocks, resolve
+from lightning_mask.core.schedules import Moment, Plateau, Run, parse_until
+from lightning_mask.core.selection import Selection
+
+_SELECTION = ("train", "score", "density", "scope", "structure", "allocation", "batches", "seed", "mask")
+
+
+class Phase:
+    """A span of training with one selection of active entries.
+
+    A phase that names a selection takes the place of all FreezeMasks while it lasts; one that names none leaves them in
+    force (without any, everything trains).
+
+    Args:
+        until: What ends the phase: a moment counted from the start of training (``"500 steps"``, ``"2 epochs"``,
+            ``"30%"``), or ``{"monitor": "val/loss", "patience": 2, "mode": "min", "min_delta": 0.0}``: a logged metric that
+            stops improving. None for the last phase.
+        train, score, density, scope, structure, allocation, batches, seed, mask, refresh, engine: As in ``FreezeMask``.
+        lr_scale: Factor on the learning rate of what trains; or a dict of patterns to factors (the first that matches
+            counts, 1.0 elsewhere).
+        warmup: How long the factor rises from 0, linearly, counted from the start of the phase: ``"100 steps"``.
+        restore_best: Go back to the best weights the phase saw when a metric ends it.
+        name: What it is called in the history and the logs.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        until: str | Mapping[str, Any] | None = None,
+        *,
+        train: Strings = None,
+        score: str | Callable[..., Any] | None = None,
+        density: float | int | None = None,
+        scope: Strings = None,
+        structure: str = "entry",
+        allocation: str = "global",
+        batches: int = 32,
+        seed: int = 0,
+        mask: str | os.PathLike[str] | MaskSet | None = None,
+        refresh: str | None = None,
+        engine: str = "auto",
+        lr_scale: float | Mapping[str, float] = 1.0,
+        warmup: str | None = None,
+        restore_best: bool = False,
+        name: str | None = None,
+    ) -> None:
+        where = f"Phase {name!r}" if name else "Phase"
+        check_engine(engine)
+        self.engine, self.name, self.restore_best = engine, name, restore_best
+        self.until = parse_until(plain(until), f"{where}: until")
+        self.selection = make_selection(
+            where,
+            train=train,
+            score=score,
+            density=density,
+            scope=scope,
+            structure=structure,
+            allocation=allocation,
+            batches=batches,
+            seed=seed,
+            mask=mask,
+        )
+        self.refresh = parse_refresh(refresh, self.selection, where)
+        self.lr_scale: float | dict[str, float] = plain(lr_scale)
+        factors = self.lr_scale.values() if isinstance(self.lr_scale, dict) else [self.lr_scale]
+        if not all(isinstance(f, float | int) and f > 0 for f in factors):
+            raise ValueError(f"{where}: lr_scale={self.lr_scale!r} must be a positive number or a dict of them.")
+        self.warmup = None if warmup is None else Moment.parse(warmup, f"{where}: warmup")
+        if restore_best and not isinstance(self.until, Plateau):
+            raise ValueError(
+                f"{where}: restore_best needs a metric to know what is best; give until={{'monitor': ...}}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments as plain values, defaults left out; ``Phase(**phase.to_dict())`` is the same phase."""
+        until: Any = self.until
+        if isinstance(until, Plateau):
+            until = {
+                "monitor": until.monitor,
+                "patience": until.patience,
+                "mode": until.mode,
+                "min_delta": until.min_delta,
+            }
+        elif until is not None:
+            until = str(until)
+        recipe = self.selection.recipe()
+        default = Selection().recipe()
+        values = {
+            "name": self.name,
+            "until": until,
+            **{key: recipe[key] for key in _SELECTION if recipe[key] != default[key]},
+            "refresh": None if self.refresh is None else str(self.refresh),
+            "engine": None if self.engine == "auto" else self.engine,
+            "lr_scale": None if self.lr_scale == 1.0 else self.lr_scale,
+            "warmup": None if self.warmup is None else str(self.warmup),
+            "restore_best": self.restore_best or None,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass
+class _Progress:
+    """How the current phase stands; all of it is saved."""
+
+    phase: int = 0
+    since: int = 0
+    draws: int = 0
+    source: str | None = None
+    best: float | None = None
+    waited: int = 0
+    ended: bool = False
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PhaseUnfreeze(MaskCallback):
+    """Train in phases, each with its own selection of active entries and its own rate.
+
+    A phase ends after the optimizer step at which its moment is reached; the next is in force from the next forward pass
+    on. The optimizer keeps its param groups, so schedulers are undisturbed; entries that stay active keep their moments,
+    new ones start from zero. Under DDP the reducer is rebuilt for the tensors that train.
+
+    Args:
+        phases: List of ``Phase`` or of dicts of its arguments, the last without ``until``; the path of a YAML file of the
+            same; or ``"gradual"``: the model's repeated blocks from the output down, one more each ``every`` (Howard and
+            Ruder, "Universal Language Model Fine-tuning", 2018, section 3.3).
+        every: Moment between the phases of ``"gradual"``.
+        lr_decay: Each block's rate in ``"gradual"`` is that of the block above it divided by this (ULMFiT: 2.6).
+
+    Raises:
+        ValueError: If a phase has an unknown argument, or the phases do not end, or end in the wrong order.
+    """
+
+    def __init__(
+        self,
+        phases: list[Phase | dict[str, Any]] | str | os.PathLike[str],
+        every: str | None = None,
+        lr_decay: float = 1.0,
+    ) -> None:
+        gradual = phases == "gradual"
+        if gradual != (every is not None):
+            raise ValueError(
+                "PhaseUnfreeze: every= goes with phases='gradual', and 'gradual' needs it, e.g. every='1 epochs'."
+            )
+        if lr_decay <= 0 or (lr_decay != 1.0 and not gradual):
+            raise ValueError(f"PhaseUnfreeze: lr_decay={lr_decay!r} must be positive and goes with phases='gradual'.")
+        self._every = None if every is None else Moment.parse(every, "PhaseUnfreeze: every")
+        self._lr_decay = float(lr_decay)
+        self.phases: list[Phase] = []
+        if not gradual:
+            given = _read(phases) if isinstance(phases, str | os.PathLike) else phases
+            self._set(_phases(given))
+        self._progress = _Progress()
+        self.history: list[dict[str, Any]] = []
+        self._until: list[float] = []
+        self._warmup: list[int] = []
+        self._refresh: list[int] = []
+
+    def _set(self, phases: list[Phase]) -> None:
+        if not phases:
+            raise ValueError("PhaseUnfreeze: the list of phases is empty; give it at least one.")
+        for i, phase in enumerate(phases[:-1]):
+            if phase.until is None:
+                raise ValueError(f"PhaseUnfreeze: phase {i} never ends and another follows it; give it until=.")
+        if phases[-1].until is not None:
+            raise ValueError(
+                f"PhaseUnfreeze: the last phase ends ({phases[-1].until}) and nothing follows; leave its until out."
+            )
+        self.phases = phases
+        self.engine = "dense" if any(p.engine == "dense" for p in phases) else "auto"
+        self.needs_reference = any(may_need_reference(p.selection) for p in phases[1:])
+
+    @property
+    def phase(self) -> int:
+        """Index of the current phase."""
+        return self._progress.phase
+
+    @property
+    def current(self) -> Phase:
+        """The current phase."""
+        return self.phases[self.phase]
+
+    @property
+    def selects(self) -> bool:
+        """Whether the current phase names a selection, which takes the place of the FreezeMasks."""
+        return not self.current.selection.empty
+
+    def label(self, index: int) -> str:
+        """Return the name of a phase, or its number."""
+        return self.phases[index].name or f"phase {index}"
+
+    def check(self, session: Session) -> None:
+        """Refuse bad input before training."""
+        if self._every is not None:
+            self._set(gradual(session.module, self._every, self._lr_decay))
+        for i, phase in enumerate(self.phases):
+            session.check_selection(phase.selection, f"PhaseUnfreeze: {self.label(i)}")
+            self._factors(session.module, phase)
+
+    def measure(self, run: Run) -> None:
+        """Turn the phases' moments into steps."""
+        self._until, self._warmup, self._refresh = [], [], []
+        before = 0.0
+        for i, phase in enumerate(self.phases):
+            where = f"PhaseUnfreeze: {self.label(i)}"
+            self._warmup.append(0 if phase.warmup is None else phase.warmup.steps(run, f"{where}: warmup"))
+            self._refresh.append(refresh_steps(phase.refresh, run, where))
+            end = math.inf
+            if isinstance(phase.until, Moment):
+                whole_epochs = phase.until.unit == "epochs" and phase.until.value == int(phase.until.value)
+                known = not whole_epochs or math.isfinite(run.steps_per_epoch)
+                end = phase.until.steps(run, f"{where}: until") if known else math.inf
+                if known and end <= before:
+                    raise ValueError(
+                        f"{where}: until={str(phase.until)!r} is step {end}, not after the phase before (step {before:g})."
+                    )
+                before = end if known else before
+            self._until.append(end)
+
+    def begin(self, session: Session) -> None:
+        """Enter the first phase, or the one a checkpoint says."""
+        if self._restored:
+            return
+        self._progress, self.history = _Progress(), []
+        self._enter(session, 0, "start")
+        self._write(session)
+
+    def advance(self, session: Session) -> str | None:
+        """Enter the next phase when the current one has ended; return why."""
+        reason = None
+        while self.phase < len(self.phases) - 1 and (due := self._due(session)):
+            reason = due
+            self._go_back(session.module)
+            self._enter(session, self.phase + 1, reason)
+        if reason is not None:
+            return f"{self.label(self.phase)}: {reason}"
+        every = self._refresh[self.phase]
+        draws = (session.step - self._progress.since) // every if every else 0
+        if draws <= self._progress.draws:
+            return None
+        self._progress.draws = draws
+        self._masks = session.select(self.current.selection, draws)
+        return f"{self.label(self.phase)}: mask drawn anew after {session.step} steps"
+
+    def _due(self, session: Session) -> str | None:
+        """Why the current phase has ended by now, or None."""
+        until = self.current.until
+        if isinstance(until, Plateau):
+            return f"{until.monitor} stopped improving" if self._progress.ended else None
+        assert until is not None
+        epochs = until.unit == "epochs" and until.value == int(until.value)
+        reached = session.trainer.current_epoch >= until.value if epochs else session.step >= self._until[self.phase]
+        return str(until) if reached else None
+
+    def _enter(self, session: Session, index: int, reason: str) -> None:
+        if session.trainer.world_size > 1:
+            require_equal((index, session.step), "PhaseUnfreeze: the phase to enter and its step")
+        self._progress = _Progress(phase=index, since=session.step)
+        if self.selects:
+            self._masks = session.select(self.current.selection)
+        else:
+            self._masks = session.free()
+        if not self._masks.count():
+            raise ValueError(f"PhaseUnfreeze: {self.label(index)} trains nothing; let it name at least one entry.")
+        self.history.append({"phase": index, "name": self.label(index), "step": session.step, "reason": reason})
+        if index or len(self.phases) > 1:
+            session.say(
+                f"PhaseUnfreeze: {self.label(index)} from step {session.step} ({reason}): "
+                f"{self._masks.count():,} of {self._masks.numel():,} entries train"
+            )
+
+    def rates(self, session: Session) -> dict[str, float]:
+        """Return the factor on the learning rate of each tensor at the coming step."""
+        factors = self._factors(session.module, self.current)
+        if self.current.warmup is not None:
+            length = max(self._warmup[self.phase], 1)
+            rise = min((session.step - self._progress.since + 1) / length, 1.0)
+            factors = {name: factor * rise for name, factor in factors.items()}
+        return factors
+
+    def _factors(self, module: nn.Module, phase: Phase) -> dict[str, float]:
+        names = [name for name, _ in module.named_parameters()]
+        if not isinstance(phase.lr_scale, dict):
+            return dict.fromkeys(names, float(phase.lr_scale))
+        factors: dict[str, float] = {}
+        for pattern, factor in phase.lr_scale.items():
+            for name in resolve(pattern, module, "PhaseUnfreeze: lr_scale"):
+                factors.setdefault(name, float(factor))
+        return {name: factors.get(name, 1.0) for name in names}
+
+    def watch(self, session: Session, after_training: bool) -> None:
+        """Look at the metric that ends the current phase; called after validation and at the end of a training epoch.
+
+        Raises:
+            RuntimeError: If the metric was never logged, naming those that were.
+        """
+        plateau = self.current.until
+        trainer = session.trainer
+        if not isinstance(plateau, Plateau) or self._progress.ended or self.phase == len(self.phases) - 1:
+            return
+        metrics = trainer.callback_metrics
+        now = "training" if after_training else "validation"
+        if plateau.monitor not in metrics:
+            if after_training and (self._validated or not trainer.enable_validation):
+                known = ", ".join(sorted(metrics)) or "none"
+                raise RuntimeError(
+                    f"PhaseUnfreeze: {self.label(self.phase)} monitors {plateau.monitor!r}, which was not logged; the metrics "
+                    f"logged by now: {known}."
+                )
+            self._validated = self._validated or not after_training
+            return
+        self._progress.source = self._progress.source or now  # whichever logs it first is when it is fresh
+        if self._progress.source != now:
+            return
+        value = float(mean_over_ranks(metrics[plateau.monitor].detach().float().to(trainer.strategy.root_device)))
+        if plateau.improves(value, self._progress.best):
+            self._progress.best, self._progress.waited = value, 0
+            if self.current.restore_best:
+                self._progress.best_weights = _trained(session.module)
+        else:
+            self._progress.waited += 1
+            self._progress.ended = self._progress.waited >= plateau.patience
+
+    _validated: bool = False
+
+    @torch.no_grad()
+    def _go_back(self, module: nn.Module) -> None:
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for name, value in self._progress.best_weights.items():
+            tensors[name].copy_(value)
+
+    def _write(self, session: Session) -> None:
+        """Write the resolved phases as YAML into the run's folder, on rank zero."""
+        trainer = session.trainer
+        folder = trainer.log_dir or trainer.default_root_dir
+        if not trainer.is_global_zero or bool(getattr(trainer, "fast_dev_run", False)) or not trainer.loggers:
+            return
+        write_phases(self.phases, Path(folder) / "phases.yaml")
+
+    def own_state(self) -> dict[str, Any]:
+        """Return how the phases stand."""
+        return {"progress": dict(vars(self._progress)), "history": [dict(entry) for entry in self.history]}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take over how the phases stand."""
+        self._progress = _Progress(**state["progress"])
+        self.history = list(state["history"])
+
+
+def gradual(module: nn.Module, every: Moment, lr_decay: float) -> list[Phase]:
+    """Return the phases of gradual unfreezing: what follows the blocks, then one block more at a time, then everything.
+
+    Block ``l`` counted from the output trains with its rate divided by ``lr_decay ** l``.
+    Source: Howard and Ruder (2018), sections 3.2 and 3.3.
+
+    Raises:
+        ValueError: If the model has no repeated blocks.
+    """
+    blocks = repeated_blocks(module)
+    if not blocks:
+        raise ValueError(
+            "PhaseUnfreeze: 'gradual' needs a model with repeated blocks, and found none; list the phases instead."
+        )
+    names = [name for name, _ in module.named_parameters()]
+    inside = [n for n in names if n.startswith(tuple(f"{b}." for b in blocks))]
+    last = names.index(inside[-1])
+    head = [n for n in names[last + 1 :] if n not in inside]
+    stem = [n for n in names[:last] if n not in inside]
+    parts: list[tuple[str, list[str]]] = [("head", head)] if head else []
+    parts += [(block, [block]) for block in reversed(blocks)]
+    parts += [("stem", stem)] if stem else []
+    phases = []
+    for i in range(len(parts)):
+        train = [pattern for _, patterns in parts[: i + 1] for pattern in patterns]
+        scale = {p: lr_decay**-depth for depth, (_, patterns) in enumerate(parts[: i + 1]) for p in patterns}
+        until = str(Moment(every.value * (i + 1), every.unit)) if i < len(parts) - 1 else None
+        phases.append(Phase(until, train=train, lr_scale=1.0 if lr_decay == 1.0 else scale, name=f"+ {parts[i][0]}"))
+    return phases
+
+
+def write_phases(phases: Iterable[Phase], path: Path) -> None:
+    """Write phases as YAML that ``PhaseUnfreeze(path)`` reads; under a temporary name first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(yaml.safe_dump([phase.to_dict() for phase in phases], sort_keys=False))
+    os.replace(temporary, path)
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"PhaseUnfreeze: phases={str(path)!r} is neither 'gradual' nor the path of a YAML file.")
+    try:
+        given = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"PhaseUnfreeze: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, list):
+        raise ValueError(f"PhaseUnfreeze: {str(path)!r} must hold a list of phases.")
+    return given
+
+
+def _phases(given: Iterable[Phase | Mapping[str, Any]]) -> list[Phase]:
+    known = ("until", *_SELECTION, "refresh", "engine", "lr_scale", "warmup", "restore_best", "name")
+    phases = []
+    for i, item in enumerate(given):
+        if isinstance(item, Phase):
+            phases.append(item)
+            continue
+        if not isinstance(item, Mapping):
+            raise ValueError(f"PhaseUnfreeze: phase {i} must be a Phase or a dict of its arguments, got {item!r}.")
+        odd = sorted(set(item) - set(known))
+        if odd:
+            close = get_close_matches(odd[0], known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}."
+            raise ValueError(f"PhaseUnfreeze: phase {i} has the unknown argument {odd[0]!r}{hint}")
+        phases.append(Phase(**item))
+    return phases
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of what training may change: tensors that require a gradient, and buffers."""
+    tensors = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return {name: t.detach().cpu().clone() for name, t in [*tensors.items(), *module.named_buffers()]}

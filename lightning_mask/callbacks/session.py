@@ -1,0 +1,308 @@
+"""Session: what all mask callbacks of one fit share: the engine, the masks in force, and when they change.
+
+Who calls whom: Lightning calls a hook on each mask callback; the first in the list passes it to the session; the session
+asks the callbacks for their masks, combines them, and tells the engine. Masks change in two places only: pruning in
+``after_backward`` (weights and reduced gradients are both at hand there), phases and redrawn masks in ``before_batch``
+(a tensor that had no gradient in this backward cannot train in this step).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_mask.callbacks import calibration, random_state
+from lightning_mask.callbacks.ddp import rebuild_reducer
+from lightning_mask.core.criteria import Context, named_seed
+from lightning_mask.core.distributed import require_equal, require_equal_masks
+from lightning_mask.core.engine import MaskEngine
+from lightning_mask.core.maskset import MaskSet, both, full
+from lightning_mask.core.optimizers import parameters_of
+from lightning_mask.core.schedules import Run
+from lightning_mask.core.selection import Selection, select
+
+if TYPE_CHECKING:
+    from lightning_mask.callbacks.base import MaskCallback
+
+
+class Session:
+    """Shared by the mask callbacks of one Trainer during one fit.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+        members: All mask callbacks of the Trainer, in its order.
+
+    Raises:
+        ValueError: If there is more than one PhaseUnfreeze.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, members: "Sequence[MaskCallback]") -> None:
+        from lightning_mask.callbacks.freeze import FreezeMask
+        from lightning_mask.callbacks.phases import PhaseUnfreeze
+        from lightning_mask.callbacks.prune import PruneMask
+
+        self.trainer, self.module, self.members = trainer, module, list(members)
+        self.freezers: list[FreezeMask] = [m for m in members if isinstance(m, FreezeMask)]
+        self.pruners: list[PruneMask] = [m for m in members if isinstance(m, PruneMask)]
+        phased: list[PhaseUnfreeze] = [m for m in members if isinstance(m, PhaseUnfreeze)]
+        if len(phased) > 1:
+            raise ValueError("A Trainer takes one PhaseUnfreeze; put the phases of all of them into one list.")
+        self.phases = phased[0] if phased else None
+        self.engine: MaskEngine | None = None
+        self.closed = False
+        self._reduced: set[str] = set()
+        self._required: dict[str, bool] = {}
+        self._reference: dict[str, Tensor] | None = None
+        self._in_window = False
+        self._facts: dict[str, float] = {}
+
+    # Facts about the run.
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.trainer.global_step
+
+    def run(self) -> Run:
+        """Return the lengths that moments are measured against; known once the training data is set up."""
+        total = self.trainer.estimated_stepping_batches
+        batches = self.trainer.num_training_batches
+        per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
+        return Run(total if total > 0 else math.inf, per_epoch)
+
+    def context(self, selection_seed: int, batches: int) -> Context:
+        """Return what a criterion may look at."""
+        return Context(
+            self.module,
+            loss=lambda batch: calibration.batch_loss(self.trainer, self.module, batch),
+            batches=lambda: calibration.training_batches(self.trainer, batches),
+            seed=selection_seed,
+            reference=self._reference,
+        )
+
+    def select(self, selection: Selection, draw: int = 0) -> MaskSet:
+        """Follow a recipe, for the ``draw``-th time; return masks that all ranks agree on.
+
+        Raises:
+            ValueError: If the recipe is at fault.
+            RuntimeError: If ranks chose different masks.
+        """
+        if draw:
+            selection = replace(selection, seed=named_seed(selection.seed, f"draw {draw}"))
+        masks = select(selection, self.module, self.context(selection.seed, selection.batches))
+        self.agree(masks, "A new mask")
+        return masks
+
+    def agree(self, masks: MaskSet, what: str) -> None:
+        """Stop all ranks unless they hold the same masks."""
+        if self.trainer.world_size > 1:
+            require_equal_masks(masks.digests(), what)
+
+    # The life of a fit.
+
+    def check(self) -> None:
+        """Refuse bad input before training.
+
+        Raises:
+            ValueError: One sentence that names the culprit and the way out.
+        """
+        self._required = {name: p.requires_grad for name, p in self.module.named_parameters()}
+        for member in self.members:
+            member.check(self)
+
+    def check_selection(self, selection: Selection, where: str) -> None:
+        """Refuse a recipe that cannot work with this module and its optimizers.
+
+        Raises:
+            ValueError: Naming ``where`` the recipe stands.
+        """
+        try:
+            selection.check(self.module)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{where}: {error}") from None
+        if selection.score is None and not selection.empty:
+            masks = select(selection, self.module, Context(self.module))
+            if not masks.count():
+                raise ValueError(f"{where} trains nothing; let it name at least one tensor.")
+            trained = [name for name, mask in masks.items() if bool(mask.any())]
+        else:
+            whole = select(Selection(train=selection.train or ()), self.module, Context(self.module))
+            trained = [n for n, m in whole.items() if bool(m.any())] + selection.scope_names(self.module)
+        owned = {id(p) for optimizer in self.trainer.optimizers for p in parameters_of(optimizer)}
+        parameters = dict(self.module.named_parameters())
+        for name in trained:
+            if id(parameters[name]) not in owned:
+                raise ValueError(
+                    f"{where}: {name} is to train, and no optimizer holds it; hand it to the optimizer in "
+                    f"configure_optimizers, or take it away with '!{name}'."
+                )
+
+    def start(self) -> None:
+        """Choose masks or take them from the checkpoint, hold, and put the random state back."""
+        run = self.run()
+        for member in self.members:
+            member.measure(run)
+        shared = next((m._shared for m in self.members if m._shared), None)
+        if any(member.needs_reference for member in self.members):
+            self._reference = (shared or {}).get("reference") or _weights(self.module)
+        self._reduced = {name for name, needed in self._required.items() if needed}
+        for member in sorted(self.members, key=lambda m: m is self.phases):  # a phase may build on the FreezeMasks
+            member.begin(self)
+        self._hold()
+        self._sync_reducer()
+        if shared:
+            random_state.restore(shared["random"])
+        for member in self.members:
+            member._shared, member._restored = None, False
+        self.tell("on_masks_changed", "start")
+
+    def before_batch(self) -> None:
+        """Put new phases and redrawn masks in force, between two optimizer steps."""
+        if self._in_window:
+            return
+        changed = [reason for m in self.members if (reason := m.advance(self))]
+        if changed:
+            self.tell("on_masks_changing", "; ".join(changed))
+            self._hold()
+            self.tell("on_masks_changed", "; ".join(changed))
+        if self.phases is not None:
+            assert self.engine is not None
+            self.engine.set_rates(self.phases.rates(self))
+        self._sync_reducer()
+        self._log()
+
+    def after_backward(self) -> None:
+        """Prune when it is time, then write zeros over held gradients; on the last micro-batch of a step only."""
+        automatic = self.module.automatic_optimization
+        self._in_window = automatic and self.trainer.fit_loop._should_accumulate()
+        if self._in_window:
+            return
+        assert self.engine is not None
+        changed = [reason for pruner in self.pruners if (reason := pruner.prune(self))]
+        if changed:
+            self.tell("on_masks_changing", "; ".join(changed))
+            self._hold()
+            self.tell("on_masks_changed", "; ".join(changed))
+        self.engine.after_backward()
+
+    def metrics_changed(self, after_training: bool) -> None:
+        """Let the phases look at a monitored metric."""
+        if self.phases is not None:
+            self.phases.watch(self, after_training)
+
+    def correct(self, checkpoint: dict[str, Any]) -> None:
+        """Make the held entries in a checkpoint exact, in the weights and in averages of them."""
+        if self.engine is None:
+            return
+        self.engine.correct(checkpoint["state_dict"])
+        current = checkpoint.get("current_model_state")  # WeightAveraging keeps the model's own weights there
+        if isinstance(current, dict):
+            self.engine.correct(current)
+
+    def finish(self) -> None:
+        """Write held values once more, after every other callback had its say."""
+        if self.engine is not None:
+            self.engine.restore()
+
+    def close(self) -> None:
+        """Take away every hook."""
+        if self.engine is not None and not self.closed:
+            self.engine.release()
+        self.closed = True
+
+    def state(self) -> dict[str, Any]:
+        """Return what is saved once for all members."""
+        state: dict[str, Any] = {"random": random_state.collect()}
+        if self._reference is not None:
+            state["reference"] = self._reference
+        return state
+
+    # Masks in force.
+
+    def free(self) -> MaskSet:
+        """Return what the freezing callbacks let be: the phase's masks, or what all FreezeMasks let be."""
+        if self.phases is not None and self.phases.selects:
+            return self.phases.masks
+        if self.freezers:
+            masks = self.freezers[0].masks
+            for freezer in self.freezers[1:]:
+                masks = masks & freezer.masks
+            return masks
+        parameters = self.module.named_parameters()
+        return MaskSet({name: full(self._required.get(name, True), p.shape) for name, p in parameters})
+
+    def _hold(self) -> None:
+        masks = self.free()
+        if self.phases is not None:
+            self.phases._masks = masks
+        if not masks.count():
+            raise ValueError(
+                "The masks of all FreezeMask callbacks together train nothing; let them share some entries."
+            )
+        alive: dict[str, Tensor] = {}
+        for pruner in self.pruners:
+            for name, mask in pruner.masks.items():
+                alive[name] = both(alive[name], mask) if name in alive else mask
+        combined = {**masks, **{name: both(masks[name], mask) for name, mask in alive.items()}}
+        zero = {name: ~mask for name, mask in alive.items()}
+        if self.engine is None:
+            way = "dense" if any(m.engine == "dense" for m in self.members) else "auto"
+            with torch.no_grad():
+                for name, mask in zero.items():
+                    parameter = self.module.get_parameter(name)
+                    parameter.masked_fill_(mask.to(parameter.device), 0)
+            self.engine = MaskEngine(self.module, self.trainer.optimizers, combined, engine=way)
+        else:
+            self.engine.update(combined, zero=zero)
+        self._take_facts()
+
+    def _sync_reducer(self) -> None:
+        """Give DDP a reducer for the tensors that train now; all ranks agree on them first."""
+        assert self.engine is not None
+        if not isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            return
+        trainable = self.engine.trainable
+        if set(trainable) != self._reduced:
+            require_equal(trainable, "The set of tensors that train")
+            rebuild_reducer(self.trainer.strategy)
+            self._reduced = set(trainable)
+
+    # What a person sees.
+
+    def tell(self, hook: str, reason: str) -> None:
+        """Call ``hook(trainer, module, reason)`` on every callback that has it."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            method = getattr(callback, hook, None)
+            if method is not None:
+                method(self.trainer, self.module, reason)
+
+    def say(self, line: str) -> None:
+        """Print one line on rank zero."""
+        rank_zero_info(line)
+
+    def _log(self) -> None:
+        shown = {key: value for key, value in self._facts.items() if key != "mask/active"}
+        self.module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True)
+        self.module.log("mask/active", self._facts["mask/active"], on_step=True, on_epoch=False)
+
+    def _take_facts(self) -> None:
+        """Count once for each change what is logged at each step."""
+        assert self.engine is not None
+        masks = self.engine.masks
+        self._facts = {"mask/active": float(masks.count()), "mask/density": masks.density()}
+        if self.pruners:
+            entries = sum(p.masks.numel() for p in self.pruners)
+            self._facts["mask/sparsity"] = 1 - sum(p.masks.count() for p in self.pruners) / max(entries, 1)
+        if self.phases is not None:
+            self._facts["mask/phase"] = float(self.phases.phase)
+
+
+def _weights(module: LightningModule) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
