@@ -36,6 +36,20 @@ def training_batches(trainer: Trainer, count: int) -> Iterator[Any]:
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def begin_epoch_again(trainer: Trainer) -> None:
+    """Make the loaders' iterators anew after a resume between two epochs.
+
+    Lightning makes them before a callback can put the random state back, and a plain loader draws its order from that.
+    In mid-epoch, and where a loader keeps its own state, nothing is to be done.
+    """
+    loop = trainer.fit_loop
+    assert loop._combined_loader is not None
+    resumes = any(hasattr(loader, "load_state_dict") for loader in loop._combined_loader.flattened)
+    mid_epoch = loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch
+    if loop._data_fetcher is not None and not resumes and not mid_epoch:
+        iter(loop._data_fetcher)
+
+
 def _copy_loaders(loaders: Any) -> Any:
     if isinstance(loaders, dict):
         return {key: _copy_loaders(value) for key, value in loaders.items()}

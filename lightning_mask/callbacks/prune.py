@@ -175,7 +175,7 @@ class PruneMask(MaskCallback):
         for freezer in session.freezers:
             selection = freezer.selection
             whole = sum(sizes.get(name, 0) for name in resolve(selection.train or (), module))
-            ranked = selection.scope_names(module)
+            ranked = selection.scope_names(module, session.trainable)
             some = sum(module.get_parameter(name).numel() for name in ranked)
             part = Budget(selection.density).keep(some) if selection.density is not None else 0
             if selection.mask is not None:

@@ -70,6 +70,11 @@ class Session:
         """Optimizer steps done."""
         return self.trainer.global_step
 
+    @property
+    def trainable(self) -> set[str]:
+        """Names of the tensors that required a gradient before this fit."""
+        return {name for name, required in self._required.items() if required}
+
     def run(self) -> Run:
         """Return the lengths that moments are measured against; known once the training data is set up."""
         total = self.trainer.estimated_stepping_batches
@@ -96,7 +101,7 @@ class Session:
         """
         if draw:
             selection = replace(selection, seed=named_seed(selection.seed, f"draw {draw}"))
-        masks = select(selection, self.module, self.context(selection.seed, selection.batches))
+        masks = select(selection, self.module, self.context(selection.seed, selection.batches), self.trainable)
         self.agree(masks, "A new mask")
         return masks
 
@@ -124,7 +129,7 @@ class Session:
             ValueError: Naming ``where`` the recipe stands.
         """
         try:
-            selection.check(self.module)
+            selection.check(self.module, self.trainable)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{where}: {error}") from None
         if selection.score is None and not selection.empty:
@@ -134,7 +139,7 @@ class Session:
             trained = [name for name, mask in masks.items() if bool(mask.any())]
         else:
             whole = select(Selection(train=selection.train or ()), self.module, Context(self.module))
-            trained = [n for n, m in whole.items() if bool(m.any())] + selection.scope_names(self.module)
+            trained = [n for n, m in whole.items() if bool(m.any())] + selection.scope_names(self.module, self.trainable)
         owned = {id(p) for optimizer in self.trainer.optimizers for p in parameters_of(optimizer)}
         parameters = dict(self.module.named_parameters())
         for name in trained:
@@ -152,13 +157,14 @@ class Session:
         shared = next((m._shared for m in self.members if m._shared), None)
         if any(member.needs_reference for member in self.members):
             self._reference = (shared or {}).get("reference") or _weights(self.module)
-        self._reduced = {name for name, needed in self._required.items() if needed}
+        self._reduced = self.trainable
         for member in sorted(self.members, key=lambda m: m is self.phases):  # a phase may build on the FreezeMasks
             member.begin(self)
         self._hold()
         self._sync_reducer()
         if shared:
             random_state.restore(shared["random"])
+            calibration.begin_epoch_again(self.trainer)
         for member in self.members:
             member._shared, member._restored = None, False
         self.tell("on_masks_changed", "start")

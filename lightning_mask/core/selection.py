@@ -1,7 +1,7 @@
 """Selection: the whole recipe for one mask, and the pipeline that follows it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,12 @@ class Selection:
         """True when the recipe names nothing at all."""
         return self.train is None and self.score is None and self.mask is None
 
-    def scope_names(self, model: nn.Module) -> list[str]:
+    def scope_names(self, model: nn.Module, trainable: Collection[str] | None = None) -> list[str]:
         """Return the names of the tensors that the criterion ranks.
+
+        Args:
+            model: The module.
+            trainable: Names of the tensors that the default scope is drawn from; default: those that require a gradient.
 
         Raises:
             ValueError: If a pattern matches nothing, or the scope is empty or holds a tensor that is not of real numbers.
@@ -77,8 +81,10 @@ class Selection:
             return []
         train = set(resolve(self.train, model, "train"))
         parameters = dict(model.named_parameters())
+        if trainable is None:
+            trainable = {name for name, p in parameters.items() if p.requires_grad}
         if self.scope is None:
-            names = [n for n, p in parameters.items() if n not in train and p.requires_grad and p.numel()]
+            names = [n for n, p in parameters.items() if n not in train and n in trainable and p.numel()]
         else:
             names = [n for n in resolve(self.scope, model, "scope") if n not in train]
         if not names:
@@ -92,14 +98,14 @@ class Selection:
                 )
         return names
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, trainable: Collection[str] | None = None) -> None:
         """Resolve everything that needs no data, to fail before training.
 
         Raises:
             ValueError: As :func:`select` would.
         """
         resolve(self.train, model, "train")
-        names = self.scope_names(model)
+        names = self.scope_names(model, trainable)
         parameters = dict(model.named_parameters())
         if names:
             allocation.get(self.allocation)({n: tuple(parameters[n].shape) for n in names}, Budget(self.density or 0))
@@ -156,8 +162,16 @@ def check_density(density: Any) -> None:
         )
 
 
-def select(selection: Selection, model: nn.Module, context: Context) -> MaskSet:
+def select(
+    selection: Selection, model: nn.Module, context: Context, trainable: Collection[str] | None = None
+) -> MaskSet:
     """Follow the recipe: return one mask for every parameter of ``model``.
+
+    Args:
+        selection: The recipe.
+        model: The module.
+        context: What a criterion may look at.
+        trainable: Names of the tensors that the default scope is drawn from; default: those that require a gradient.
 
     Raises:
         ValueError: If a pattern matches nothing, a mask is of another model, or the criterion is at fault.
@@ -169,7 +183,7 @@ def select(selection: Selection, model: nn.Module, context: Context) -> MaskSet:
     if selection.mask is not None:
         masks |= {name: mask for name, mask in selection.given(model).items() if name not in whole}
     elif selection.score is not None:
-        names = selection.scope_names(model)
+        names = selection.scope_names(model, trainable)
         scoped = {name: parameters[name] for name in names}
         scores = criteria.compute(selection.score, scoped, context)
         assert selection.density is not None
