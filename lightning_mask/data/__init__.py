@@ -1,1 +1,26 @@
+"""Data for the tasks: texts and images, from packages, from the user's files, or from the Hugging Face hub.
 
+What a data module needs beyond Lightning (transformers, datasets, the packages that carry data) is imported when it is used.
+"""
+
+from lightning_mask.data.images import ImageData, ImageSplits, folder, mnist5k
+from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
+from lightning_mask.data.sources import hub, table, tweets
+from lightning_mask.data.splits import Texts, TextSplits
+from lightning_mask.data.text import TextData
+
+__all__ = [
+    "ImageData",
+    "ImageSplits",
+    "ResumableLoader",
+    "TextData",
+    "TextSplits",
+    "Texts",
+    "eval_loader",
+    "folder",
+    "hub",
+    "mnist5k",
+    "table",
+    "train_loader",
+    "tweets",
+]

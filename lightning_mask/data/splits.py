@@ -1,0 +1,108 @@
+"""Training, validation and test sets, and how data without them is split: the same on every machine and in every run."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts and their labels: class indices from 0."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> "Texts":
+        """Return the rows at ``indices``."""
+        return Texts([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """What a source of texts returns: three sets, and the names of the classes in the order of their indices."""
+
+    train: Texts
+    validation: Texts
+    test: Texts
+    class_names: list[str]
+
+
+def stratified_split(
+    labels: Sequence[int], parts: Sequence[float], *, seed: int = 0, keys: Sequence[Hashable] | None = None
+) -> list[list[int]]:
+    """Split examples so that each part has its share of every class, and examples with equal keys stay together.
+
+    The order is that of SHA-256 over seed and key: the same on every machine, whatever its versions, and adding rows
+    leaves nearly all others where they were.
+
+    Args:
+        labels: Class of each example.
+        parts: Shares of all parts but the first, which gets the rest: ``[0.1, 0.1]`` makes 80, 10 and 10 %.
+        seed: Another seed, another split.
+        keys: One for each example; default: its index. Examples with equal keys never part (give the text here, so
+            that no text is both trained on and tested on). Those that alone would make more than a twentieth of a part
+            go to the rest.
+
+    Returns:
+        One ascending list of indices for each part: the rest first, then those of ``parts``.
+
+    Raises:
+        ValueError: If a share is negative or all of them leave nothing for the rest.
+
+    Example:
+        >>> [len(part) for part in stratified_split([0] * 10 + [1] * 20, [0.1, 0.2])]
+        [21, 3, 6]
+    """
+    if any(part < 0 for part in parts) or sum(parts) >= 1:
+        raise ValueError(f"The shares of the splits must be at least 0 and sum to less than 1, got {list(parts)}.")
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for index in range(len(labels)):
+        groups[index if keys is None else keys[index]].append(index)
+    by_class: dict[int, list[tuple[bytes, list[int]]]] = defaultdict(list)
+    for key, members in groups.items():
+        label = Counter(labels[index] for index in members).most_common(1)[0][0]
+        digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+        by_class[label].append((digest, members))
+    split: list[list[int]] = [[] for _ in range(len(parts) + 1)]
+    for label in sorted(by_class):
+        waiting = [members for _, members in sorted(by_class[label])]
+        size = sum(map(len, waiting))
+        for number, part in enumerate(parts, start=1):
+            wanted = int(part * size + 0.5)
+            most = max(1, wanted // 20)  # one text repeated 300 times must not fill a test set: it is trained on
+            left: list[list[int]] = []
+            for members in waiting:
+                if len(members) <= min(wanted, most):
+                    split[number] += members
+                    wanted -= len(members)
+                else:
+                    left.append(members)
+            waiting = left
+        for members in waiting:
+            split[0] += members
+    return [sorted(part) for part in split]
+
+
+def stratified_subset(labels: Sequence[int], size: int, *, seed: int = 0) -> list[int]:
+    """Return ``size`` ascending indices with the classes in proportion; a larger subset holds the smaller ones.
+
+    Raises:
+        ValueError: If ``size`` is below 1 or above the number of examples.
+    """
+    if not 1 <= size <= len(labels):
+        raise ValueError(
+            f"train_size must lie between 1 and the {len(labels)} training examples there are, got {size}."
+        )
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        by_class[label].append(index)
+    ranked = []
+    for label, members in by_class.items():
+        order = sorted(members, key=lambda index: hashlib.sha256(f"{seed}\0{index}".encode()).digest())
+        # Evenly spread over (0, 1), so that any prefix of the whole has all classes in proportion.
+        ranked += [((place + 0.5) / len(order), label, index) for place, index in enumerate(order)]
+    return sorted(index for _, _, index in sorted(ranked)[:size])
