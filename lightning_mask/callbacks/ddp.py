@@ -25,7 +25,7 @@ def rebuild_reducer(strategy: Strategy) -> None:
     arguments = strategy._ddp_kwargs  # type: ignore[attr-defined]
     strategy._ddp_kwargs = {**arguments, "init_sync": False}  # type: ignore[attr-defined]  # replicas are equal already
     try:
-        strategy.model = strategy._setup_model(old.module)  # type: ignore[attr-defined]
+        strategy.model = strategy._setup_model(old.module)
     finally:
         strategy._ddp_kwargs = arguments  # type: ignore[attr-defined]
     strategy._register_ddp_hooks()  # type: ignore[attr-defined]

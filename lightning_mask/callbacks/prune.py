@@ -1,6 +1,7 @@
 """PruneMask: unimportant weights go to zero and stay there."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +17,20 @@ from lightning_mask.core.allocation import Budget
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full
 from lightning_mask.core.patterns import repeated_blocks, resolve
+from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
 from lightning_mask.core.schedules import Moment, Run
-from lightning_mask.core.selection import Selection, choose
+from lightning_mask.core.selection import Selection, check_n_of_m, choose, n_of_m
 
 
 class PruneMask(MaskCallback):
     """Set the least important weights in scope to +0.0, along a schedule, and keep them there.
 
     At every update exactly ``floor(s * n + 0.5)`` of the ``n`` entries in scope are zero, ties broken by position; what is
-    pruned stays pruned. An update happens after backward and before the optimizer's step.
+    pruned stays pruned, unless ``regrow`` says otherwise. An update happens after backward and before the optimizer's step.
 
     Args:
-        sparsity: Final share of zeros in scope, a float in [0, 1).
+        sparsity: Final share of zeros in scope, a float in [0, 1); or ``"n:m"``, e.g. ``"2:4"``: the ``n`` best of every
+            ``m`` neighbours along the input dimension stay, all at once at ``start``.
         score: Criterion, higher = more worth keeping: a registered name, or a function.
         scope: Patterns; default: the weights of Linear and convolution layers and attention projections; not embeddings,
             norms, biases, or the output head.
@@ -38,6 +41,11 @@ class PruneMask(MaskCallback):
         start: Moment of the first update.
         end: Moment of the last update, at which the final sparsity is reached.
         every: Moment between updates.
+        regrow: At every update a share of what is alive is dropped and as much is grown elsewhere, from zero: ``"random"``
+            (SET), ``"gradient"`` (RigL: where the reduced gradient is largest), None: never.
+        regrow_fraction: That share at ``start``; it falls to 0 at ``end`` along a cosine.
+        rewind: Moment to whose weights everything that trains returns after each update, with fresh moments (lottery
+            ticket); the learning rate goes on. None: weights go on too.
         batches: Number of training batches (per rank) shown to a criterion that needs data, at every update.
         seed: Seed of random criteria.
         engine: How zeros are held: ``"auto"`` or ``"dense"``.
@@ -48,7 +56,7 @@ class PruneMask(MaskCallback):
 
     def __init__(
         self,
-        sparsity: float,
+        sparsity: float | str,
         *,
         score: str | Callable[..., Any] = "magnitude",
         scope: Strings = None,
@@ -58,16 +66,22 @@ class PruneMask(MaskCallback):
         start: str = "0%",
         end: str = "50%",
         every: str = "1%",
+        regrow: str | None = None,
+        regrow_fraction: float = 0.3,
+        rewind: str | None = None,
         batches: int = 32,
         seed: int = 0,
         engine: str = "auto",
     ) -> None:
         check_engine(engine)
         self.engine = engine
+        self.n_of_m = _read_n_of_m(sparsity)
+        if self.n_of_m is not None:
+            sparsity, schedule = 1 - self.n_of_m[0] / self.n_of_m[1], "constant"
+            if structure != "entry" or regrow is not None:
+                raise ValueError("PruneMask: an n:m sparsity chooses entries once; leave structure and regrow out.")
         if isinstance(sparsity, bool) or not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:
-            raise ValueError(
-                f"PruneMask: sparsity={sparsity!r} must be a share in [0, 1), e.g. 0.9 to set 90 % to zero."
-            )
+            raise ValueError(f"PruneMask: sparsity={sparsity!r} {_SPARSITY}")
         try:
             criteria.get(score)
             structures.get(structure)
@@ -80,11 +94,25 @@ class PruneMask(MaskCallback):
         self.start, self.end, self.every = (
             Moment.parse(m, f"PruneMask: {n}") for m, n in ((start, "start"), (end, "end"), (every, "every"))
         )
+        if regrow not in (None, "random", "gradient"):
+            raise ValueError(f"PruneMask: regrow={regrow!r} must be 'random' (SET), 'gradient' (RigL) or None.")
+        if regrow is not None and structure != "entry":
+            raise ValueError(
+                f"PruneMask: regrow exchanges single entries; structure={structure!r} does not go with it."
+            )
+        if not 0 < regrow_fraction <= 1:
+            raise ValueError(f"PruneMask: regrow_fraction={regrow_fraction!r} must be a share in (0, 1].")
+        self.regrow, self.regrow_fraction = regrow, float(regrow_fraction)
+        self.rewind = None if rewind is None else Moment.parse(rewind, "PruneMask: rewind")
         self.batches, self.seed = batches, seed
         self.needs_reference = may_need_reference(Selection(score=score, density=1.0))
         self._steps = (0, 0, 1)
         self._names: list[str] = []
         self._last = 0.0
+        self._updated = -1
+        self._rewind_step: int | None = None
+        self._rewind_to: dict[str, Tensor] = {}
+        self._rewind_due = False
 
     @property
     def state_key(self) -> str:
@@ -101,8 +129,14 @@ class PruneMask(MaskCallback):
         """Turn the ramp's moments into steps."""
         start, end = self.start.steps(run, "PruneMask: start"), self.end.steps(run, "PruneMask: end")
         every = max(self.every.steps(run, "PruneMask: every"), 1)
-        if self.schedule == "constant":
+        if self.schedule == "constant" and self.regrow is None:
             end = start
+        if self.rewind is not None:
+            self._rewind_step = self.rewind.steps(run, "PruneMask: rewind")
+            if self._rewind_step > start:
+                raise ValueError(
+                    f"PruneMask: rewind={str(self.rewind)!r} lies after start={str(self.start)!r} in this run."
+                )
         if end < start:
             raise ValueError(f"PruneMask: end={str(self.end)!r} lies before start={str(self.start)!r} in this run.")
         if end > run.total_steps:
@@ -118,22 +152,34 @@ class PruneMask(MaskCallback):
         if not self._restored:
             parameters = dict(session.module.named_parameters())
             self._masks = MaskSet({name: full(True, parameters[name].shape) for name in self._names})
-            self._last = 0.0
+            self._last, self._updated, self._rewind_to, self._rewind_due = 0.0, -1, {}, False
 
-    def target(self, step: int) -> float | None:
-        """Return the sparsity that is due at ``step`` (optimizer steps done), None before ``start``."""
+    def advance(self, session: Session) -> str | None:
+        """Keep the weights to rewind to when it is time, and go back to them after an update."""
+        if session.step == self._rewind_step and not self._rewind_to:
+            self._rewind_to = {n: p.detach().clone() for n, p in session.module.named_parameters()}
+        if self._rewind_due and session.engine is not None:
+            self._rewind_due = False
+            session.engine.rewind(self._rewind_to)
+        return None
+
+    def last_update(self, step: int) -> tuple[int, float] | None:
+        """Return the step of the update that is in force at ``step`` and its progress in [0, 1]; None before ``start``."""
         start, end, every = self._steps
         if step < start:
             return None
         updated = end if step >= end else step - (step - start) % every
-        progress = (updated - start) / (end - start) if end > start else 1.0
-        return self.sparsity * self._shape(progress)
+        return updated, (updated - start) / (end - start) if end > start else 1.0
 
     def prune(self, session: Session) -> str | None:
         """Prune when an update is due at this step; return what was done."""
         step = session.step
-        sparsity = self.target(step)
-        if sparsity is None or sparsity == self._last:
+        due = self.last_update(step)
+        if due is None or due[0] <= self._updated:
+            return None
+        self._updated, progress = due
+        sparsity = self.sparsity * self._shape(progress)
+        if sparsity == self._last and self.regrow is None:
             return None
         self._last = sparsity
         parameters = {name: session.module.get_parameter(name) for name in self._names}
@@ -142,11 +188,34 @@ class PruneMask(MaskCallback):
         for name, score in scores.items():
             scores[name] = _constrained(score, parameters[name], self.masks[name], free[name])
         budget = Budget(sparsity, removed=True)
-        masks = MaskSet(choose(scores, budget, self.structure, self.allocation), self._recipe(sparsity))
+        if self.n_of_m is not None:
+            chosen = n_of_m(scores, *self.n_of_m)
+        elif self.regrow is not None:
+            growth = self._growth(parameters, free, step)
+            fraction = cosine_fraction(self.regrow_fraction, progress)
+            chosen = drop_and_grow(scores, growth, budget, self.allocation, fraction)
+        else:
+            chosen = choose(scores, budget, self.structure, self.allocation)
+        masks = MaskSet(chosen, self._recipe(sparsity))
         session.agree(masks, "PruneMask")
         self._refuse_held(masks, scores)
-        self._masks = masks
+        self._masks, self._rewind_due = masks, self._rewind_step is not None
         return f"sparsity {1 - masks.density():.4f} from step {step}"
+
+    def _growth(self, parameters: dict[str, nn.Parameter], free: MaskSet, step: int) -> dict[str, Tensor]:
+        """What each entry is worth growing; what a FreezeMask or a phase holds is not grown."""
+        growth: dict[str, Tensor]
+        if self.regrow == "random":
+            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+            growth = criteria.random_scores(shapes, criteria.named_seed(self.seed, f"step {step}"))
+        else:
+            growth = {
+                n: torch.zeros_like(p) if p.grad is None else p.grad.detach().abs() for n, p in parameters.items()
+            }
+        for name, worth in growth.items():
+            finite = worth.to(parameters[name].device, torch.float32).nan_to_num(nan=0.0)
+            growth[name] = finite.masked_fill(~free[name].to(finite.device), -torch.inf)
+        return growth
 
     def _recipe(self, sparsity: float) -> dict[str, Any]:
         score = self.score if isinstance(self.score, str) else self.score.__qualname__
@@ -161,6 +230,8 @@ class PruneMask(MaskCallback):
             )
         parameters = dict(module.named_parameters())
         for name in names:
+            if self.n_of_m is not None:
+                check_n_of_m(f"PruneMask: {name}", tuple(parameters[name].shape), self.n_of_m[1])
             if not parameters[name].is_floating_point():
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
         return names
@@ -198,11 +269,30 @@ class PruneMask(MaskCallback):
 
     def own_state(self) -> dict[str, Any]:
         """Return the sparsity reached."""
-        return {"last": self._last}
+        return {
+            "last": self._last,
+            "updated": self._updated,
+            "rewind_to": self._rewind_to,
+            "rewind_due": self._rewind_due,
+        }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Take over the sparsity reached."""
-        self._last = state["last"]
+        self._last, self._updated = state["last"], state["updated"]
+        self._rewind_to, self._rewind_due = state["rewind_to"], state["rewind_due"]
+
+
+_SPARSITY = "must be a share in [0, 1), e.g. 0.9, or a pattern such as '2:4'."
+
+
+def _read_n_of_m(sparsity: float | str) -> tuple[int, int] | None:
+    """Read ``"n:m"``; None when ``sparsity`` is a number."""
+    if not isinstance(sparsity, str):
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", sparsity)
+    if match is None or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f"PruneMask: sparsity={sparsity!r} {_SPARSITY}")
+    return int(match[1]), int(match[2])
 
 
 def _constrained(score: Tensor, parameter: Tensor, alive: Tensor, free: Tensor) -> Tensor:

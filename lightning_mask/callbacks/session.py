@@ -139,7 +139,9 @@ class Session:
             trained = [name for name, mask in masks.items() if bool(mask.any())]
         else:
             whole = select(Selection(train=selection.train or ()), self.module, Context(self.module))
-            trained = [n for n, m in whole.items() if bool(m.any())] + selection.scope_names(self.module, self.trainable)
+            trained = [n for n, m in whole.items() if bool(m.any())] + selection.scope_names(
+                self.module, self.trainable
+            )
         owned = {id(p) for optimizer in self.trainer.optimizers for p in parameters_of(optimizer)}
         parameters = dict(self.module.named_parameters())
         for name in trained:

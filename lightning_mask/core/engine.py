@@ -163,6 +163,19 @@ class MaskEngine:
                     holder.restore(exact)
                     state_dict[prefix + alias] = exact.to(value.device)
 
+    @torch.no_grad()
+    def rewind(self, weights: Mapping[str, Tensor]) -> None:
+        """Set every active entry to its value in ``weights``, by parameter name, and start its moments afresh."""
+        for name, value in weights.items():
+            parameter = self._parameters[name]
+            if not parameter.requires_grad:
+                continue
+            mask = self.masks.get(name, torch.tensor(True)).to(parameter.device)
+            parameter.copy_(torch.where(mask, value.to(parameter.device), parameter))
+            owner = self._owner.get(id(parameter))
+            if owner is not None:
+                reset_state(owner, parameter)
+
     def restore(self) -> None:
         """Write every held value back, as is done after each step."""
         for optimizer in self.optimizers:

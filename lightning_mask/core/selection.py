@@ -210,6 +210,38 @@ def choose(scores: Mapping[str, Tensor], budget: Budget, structure: str, allocat
     return {name: masks[name] for name in scores}
 
 
+def n_of_m(scores: Mapping[str, Tensor], n: int, m: int) -> dict[str, Tensor]:
+    """Return the masks that keep the ``n`` best of every ``m`` neighbours along the input dimension; ties by position.
+
+    A weight's input dimension is everything but its first, flattened (``in, kh, kw`` for a convolution), which is the
+    layout that sparse tensor cores read.
+
+    Raises:
+        ValueError: If the input dimension of a tensor is not divisible by ``m``.
+    """
+    masks = {}
+    for name, score in scores.items():
+        check_n_of_m(name, tuple(score.shape), m)
+        groups = score.detach().float().reshape(-1, m)
+        order = groups.argsort(dim=1, descending=True, stable=True)
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
+        masks[name] = mask.view(score.shape)
+    return masks
+
+
+def check_n_of_m(name: str, shape: tuple[int, ...], m: int) -> None:
+    """Refuse a tensor that has no groups of ``m`` along its input dimension.
+
+    Raises:
+        ValueError: Naming the tensor and its width.
+    """
+    width = int(torch.Size(shape[1:]).numel()) if len(shape) > 1 else 0
+    if not width or width % m:
+        raise ValueError(
+            f"{name} of shape {shape} has an input width of {width}, which is not divisible by {m}; take it out of the scope."
+        )
+
+
 def _best(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tensor]:
     """Masks of the best units whose entries together come nearest to ``keep``."""
     if len(set(sizes)) == 1:
