@@ -1,0 +1,132 @@
+"""What all classifiers share: steps, metrics, optimizer."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+Batch = dict[str, Tensor]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[..., Any]
+
+
+class Classifier(LightningModule):
+    """Trains a network that maps a batch to logits, with cross-entropy.
+
+    A batch is a dict with ``labels``, int64 [batch], and the network's inputs. Logs ``train/loss`` (each step) and
+    ``train/loss_epoch``; ``val/loss``, ``val/accuracy``, ``val/macro_f1``; the same under ``test/``. Figures of an epoch
+    are over all ranks.
+
+    Args:
+        num_classes: Number of classes, 2 or more.
+        optimizer: Called with all parameters, held ones too, returns the optimizer; may be left out where nothing is trained.
+        scheduler: Called with the optimizer and ``num_training_steps=``, returns a learning-rate scheduler that is stepped
+            once per optimizer step; None: the rate stays.
+        class_names: Names of the classes, in the order of their indices.
+
+    Attributes:
+        net: The network.
+        confusion_matrix: After a test: rows are true classes, columns are predicted ones, entries are counts.
+
+    Raises:
+        ValueError: If there are fewer than two classes, or not as many names.
+    """
+
+    net: nn.Module
+
+    def __init__(
+        self,
+        num_classes: int,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be 2 or more, got {num_classes}.")
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"There are {num_classes} classes but {len(class_names)} class_names: {class_names}.")
+        self.num_classes = num_classes
+        self.class_names = list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
+        self.confusion_matrix: list[list[int]] | None = None
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+        self.metrics = nn.ModuleDict()
+        for stage in ("val", "test"):
+            self.metrics[f"{stage}_accuracy"] = MulticlassAccuracy(num_classes, average="micro")
+            self.metrics[f"{stage}_macro_f1"] = MulticlassF1Score(num_classes, average="macro")
+        self.metrics["test_confusion"] = MulticlassConfusionMatrix(num_classes)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits of a batch, [batch, classes]."""
+        raise NotImplementedError
+
+    def mask_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch, without logging: what a criterion that needs gradients is computed from."""
+        return cross_entropy(self(batch).float(), batch["labels"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a training batch."""
+        loss = self.mask_loss(batch)
+        size = len(batch["labels"])
+        self.log("train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
+        self.log("train/loss_epoch", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation figures."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test figures."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        labels = batch["labels"]
+        logits = self(batch).float()
+        size = len(labels)
+        self.log(
+            f"{stage}/loss", cross_entropy(logits, labels), prog_bar=stage == "val", batch_size=size, sync_dist=True
+        )
+        for name in ("accuracy", "macro_f1"):
+            metric = self.metrics[f"{stage}_{name}"]
+            assert isinstance(metric, Metric)
+            metric.update(logits, labels)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=size)
+        if stage == "test":
+            confusion = self.metrics["test_confusion"]
+            assert isinstance(confusion, Metric)
+            confusion.update(logits, labels)
+
+    def on_test_epoch_end(self) -> None:
+        """Keep the confusion matrix over all ranks."""
+        confusion = self.metrics["test_confusion"]
+        assert isinstance(confusion, Metric)
+        self.confusion_matrix = confusion.compute().tolist()
+        confusion.reset()
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer over all parameters, with the scheduler if there is one.
+
+        Raises:
+            ValueError: If no optimizer was given, or a scheduler is to span a run without an end.
+        """
+        if self._make_optimizer is None:
+            raise ValueError(
+                f"{type(self).__name__} has no optimizer: give it optimizer=, for example a partial of torch.optim.AdamW."
+            )
+        optimizer = self._make_optimizer(list(self.parameters()))
+        if self._make_scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                "A scheduler needs a run with an end: give the trainer max_epochs or max_steps, or set scheduler to null."
+            )
+        scheduler = self._make_scheduler(optimizer, num_training_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
