@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_FEW = 0.1
-"""Up to this share of entries, touching them one by one beats a pass over the tensor (scripts/benchmark.py holders)."""
+_FEW_ACTIVE, _FEW_HELD = 0.01, 0.05
+"""Up to these shares, touching entries one by one beats a pass over the tensor (scripts/benchmark.py holders)."""
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -35,9 +35,9 @@ def make_holder(tensor: Tensor, mask: Tensor, active: int) -> Holder:
     """
     if not tensor.is_contiguous() or tensor.element_size() not in _INTEGER or tensor.is_complex():
         return _Where(tensor, mask)
-    if active <= _FEW * tensor.numel():
+    if active <= _FEW_ACTIVE * tensor.numel():
         return _FewActive(tensor, mask)
-    if tensor.numel() - active <= _FEW * tensor.numel():
+    if tensor.numel() - active <= _FEW_HELD * tensor.numel():
         return _FewHeld(tensor, mask)
     return _Bits(tensor, mask)
 
