@@ -106,7 +106,7 @@ class FreezeMask(MaskCallback):
             return None
         self._draws = session.step // self._every
         self._masks = session.select(self.selection, self._draws)
-        return f"mask drawn anew after {session.step} steps"
+        return f"FreezeMask: mask drawn anew at step {session.step}"
 
     def own_state(self) -> dict[str, Any]:
         """Return how often the mask was drawn anew."""

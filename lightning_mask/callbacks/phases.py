@@ -254,14 +254,14 @@ class PhaseUnfreeze(MaskCallback):
             self._go_back(session.module)
             self._enter(session, self.phase + 1, reason)
         if reason is not None:
-            return f"{self.label(self.phase)}: {reason}"
+            return f"Phase {self.phase} ({self.label(self.phase)}) begins at step {session.step}, after {reason}"
         every = self._refresh[self.phase]
         draws = (session.step - self._progress.since) // every if every else 0
         if draws <= self._progress.draws:
             return None
         self._progress.draws = draws
         self._masks = session.select(self.current.selection, draws)
-        return f"{self.label(self.phase)}: mask drawn anew after {session.step} steps"
+        return f"Phase {self.phase}: mask drawn anew at step {session.step}"
 
     def _due(self, session: Session) -> str | None:
         """Why the current phase has ended by now, or None."""
@@ -284,11 +284,6 @@ class PhaseUnfreeze(MaskCallback):
         if not self._masks.count():
             raise ValueError(f"PhaseUnfreeze: {self.label(index)} trains nothing; let it name at least one entry.")
         self.history.append({"phase": index, "name": self.label(index), "step": session.step, "reason": reason})
-        if index or len(self.phases) > 1:
-            session.say(
-                f"PhaseUnfreeze: {self.label(index)} from step {session.step} ({reason}): "
-                f"{self._masks.count():,} of {self._masks.numel():,} entries train"
-            )
 
     def rates(self, session: Session) -> dict[str, float]:
         """Return the factor on the learning rate of each tensor at the coming step."""

@@ -17,7 +17,7 @@ from lightning_mask.core.maskset import MaskSet, active
 
 
 class RunReport(Callback):
-    """Print a table of what is held and what trains, a line at each change, and keep the facts of the run.
+    """Print a table of what is held and what trains, and keep the facts of the run.
 
     Works beside any mask callbacks, also beside none. When training ends, the masks in force are written to
     ``masks.safetensors``.
@@ -55,14 +55,9 @@ class RunReport(Callback):
         self._check(pl_module)
 
     def on_masks_changed(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
-        """Copy what is held from now on; say what trains."""
-        rows = _rows(trainer, pl_module)
-        if trainer.is_global_zero:
-            if reason == "start":
-                _print_table(rows)
-            elif not reason.startswith("sparsity"):  # a ramp has many steps, and the progress bar shows them
-                count, total = sum(r.active for r in rows), sum(_numel(r) for r in rows)
-                Console().print(f"[bold]{reason}[/bold]: {count:,} of {total:,} entries train ({count / total:.2%})")
+        """Copy what is held from now on; print the table at the start."""
+        if reason == "start" and trainer.is_global_zero:
+            _print_table(_rows(trainer, pl_module))
         session = _session(trainer)
         if self.check_held and session is not None and session.engine is not None:
             masks = session.engine.masks

@@ -180,6 +180,8 @@ class Session:
             self.tell("on_masks_changing", "; ".join(changed))
             self._hold()
             self.tell("on_masks_changed", "; ".join(changed))
+            count, density = self._facts["mask/active"], self._facts["mask/density"]
+            self.say(f"{'; '.join(changed)}: {count:,.0f} entries train ({density:.2%})")
         if self.phases is not None:
             assert self.engine is not None
             self.engine.set_rates(self.phases.rates(self))
@@ -270,6 +272,18 @@ class Session:
         else:
             self.engine.update(combined, zero=zero)
         self._take_facts()
+        self._refuse_idle_optimizer()
+
+    def _refuse_idle_optimizer(self) -> None:
+        """A gradient scaler fails, in words of its own, on an optimizer without any gradient."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            return
+        for i, optimizer in enumerate(self.trainer.optimizers):
+            if not any(p.requires_grad for p in parameters_of(optimizer)):
+                raise ValueError(
+                    f"Optimizer {i} ({type(optimizer).__name__}) would have nothing to train, and precision='16-mixed' scales "
+                    "the gradients of every optimizer; let the masks leave it some entries, or use bf16-mixed."
+                )
 
     def _sync_reducer(self) -> None:
         """Give DDP a reducer for the tensors that train now; all ranks agree on them first."""
