@@ -80,6 +80,16 @@ class Peek(Callback):
             pass
 
 
+class SaveInMidStep(Callback):
+    """Has a checkpoint written while a batch is being worked on, as a pre-emption signal does."""
+
+    def on_before_backward(self, trainer: L.Trainer, *args: object) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx in (0, 5, 10, 14):
+            trainer.save_checkpoint(
+                Path(trainer.default_root_dir) / f"mid-{trainer.fit_loop.epoch_loop.total_batch_idx}.ckpt"
+            )
+
+
 def fit(root: Path, devices: int, ckpt_path: str | None, case: dict, save: bool) -> Recorder:
     model = Recorder()
     callbacks: list[Callback] = []
@@ -88,6 +98,8 @@ def fit(root: Path, devices: int, ckpt_path: str | None, case: dict, save: bool)
             ModelCheckpoint(root, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1),
             ModelCheckpoint(root, filename="end-{epoch}-{step}", save_top_k=-1, save_on_train_epoch_end=True),
         ]
+    if case.get("mid_step"):
+        callbacks = [SaveInMidStep()]
     if case.get("peek"):
         callbacks.append(Peek())
     trainer = L.Trainer(
@@ -97,7 +109,7 @@ def fit(root: Path, devices: int, ckpt_path: str | None, case: dict, save: bool)
         strategy="ddp" if devices > 1 else "auto",
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=save,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=root,
@@ -119,7 +131,7 @@ def check(root: Path, devices: int, case: dict) -> list[str]:
     checkpoints = sorted(root.glob("*.ckpt"))
     for path in checkpoints:
         saved = torch.load(path, weights_only=True)
-        resumed = fit(root, devices, str(path), {**case, "peek": False}, save=False)
+        resumed = fit(root, devices, str(path), {**case, "peek": False, "mid_step": False}, save=False)
         progress = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
         expected = whole.seen[progress:]
         if resumed.seen != expected:
@@ -139,8 +151,17 @@ def main() -> None:
     torch.set_num_threads(1)
     findings = []
     for number, case in enumerate(cases):
-        findings += check(root / str(number), devices, case)
+        if "resume" in case:  # from a checkpoint of a run with another number of processes
+            seen = fit(root, devices, case["resume"], {}, save=False).seen
+            findings += [] if seen and seen[-1][0] == 2 else [f"{case}: ended after {seen[-1:]}"]
+            numbers = [number for entry in seen if entry[0] == 2 for number in entry[3]]
+            whole = -(-43 // devices) if case["whole_last_epoch"] else len(numbers)
+            if len(numbers) != whole or len(set(numbers)) < len(numbers) - 1:
+                findings.append(f"{case}: the last epoch saw {sorted(numbers)}")
+        else:
+            findings += check(root / str(number), devices, case)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    root.mkdir(parents=True, exist_ok=True)
     (root / f"findings{rank}.json").write_text(json.dumps(findings))
 
 
