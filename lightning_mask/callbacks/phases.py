@@ -254,7 +254,8 @@ class PhaseUnfreeze(MaskCallback):
             self._go_back(session.module)
             self._enter(session, self.phase + 1, reason)
         if reason is not None:
-            return f"Phase {self.phase} ({self.label(self.phase)}) begins at step {session.step}, after {reason}"
+            name = f" ({self.current.name})" if self.current.name else ""
+            return f"Phase {self.phase}{name} begins at step {session.step}, after {reason}"
         every = self._refresh[self.phase]
         draws = (session.step - self._progress.since) // every if every else 0
         if draws <= self._progress.draws:

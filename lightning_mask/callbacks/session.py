@@ -170,6 +170,9 @@ class Session:
         for member in self.members:
             member._shared, member._restored = None, False
         self.tell("on_masks_changed", "start")
+        count, total = self._facts["mask/active"], sum(p.numel() for p in self.module.parameters())
+        names = ", ".join(dict.fromkeys(type(m).__name__ for m in self.members))
+        self.say(f"{names}: {count:,.0f} of {total:,} entries train ({count / max(total, 1):.2%})")
 
     def before_batch(self) -> None:
         """Put new phases and redrawn masks in force, between two optimizer steps."""
