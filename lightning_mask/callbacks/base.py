@@ -110,13 +110,18 @@ class MaskCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at a monitored metric."""
-        if self._leads and self._session and not trainer.sanity_checking:
-            self._session.metrics_changed(after_training=False)
+        if self._leads and self._session and not self._session.closed and not trainer.sanity_checking:
+            self._session.validated()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at a monitored metric that training logs."""
         if self._leads and self._session:
-            self._session.metrics_changed(after_training=True)
+            self._session.epoch_ended()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at a monitored metric of the last epoch."""
+        if self._leads and self._session:
+            self._session.settle()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make the held entries in the checkpoint exact, at whatever moment it is written."""
@@ -141,6 +146,8 @@ class MaskCallback(Callback):
         """Return the masks, and for the first of the mask callbacks the random states of all ranks."""
         if self._masks is None:
             return {}
+        if self._session:
+            self._session.settle()
         state: dict[str, Any] = {"masks": self._masks.to_state(), **self.own_state()}
         if self._leads and self._session:
             state["shared"] = self._session.state()

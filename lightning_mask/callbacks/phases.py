@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -231,7 +231,8 @@ class PhaseUnfreeze(MaskCallback):
                 whole_epochs = phase.until.unit == "epochs" and phase.until.value == int(phase.until.value)
                 known = not whole_epochs or math.isfinite(run.steps_per_epoch)
                 end = phase.until.steps(run, f"{where}: until") if known else math.inf
-                if known and end <= before:
+                short = phase.until.unit == "%" and phase.until.value > 0  # may come to no step at all in a short run
+                if known and (end < before or (end == before and not short)):
                     raise ValueError(
                         f"{where}: until={str(phase.until)!r} is step {end}, not after the phase before (step {before:g})."
                     )
@@ -242,7 +243,7 @@ class PhaseUnfreeze(MaskCallback):
         """Enter the first phase, or the one a checkpoint says."""
         if self._restored:
             return
-        self._progress, self.history = _Progress(), []
+        self._progress, self.history, self._validated = _Progress(), [], False
         self._enter(session, 0, "start")
         self._write(session)
 
@@ -251,7 +252,7 @@ class PhaseUnfreeze(MaskCallback):
         reason = None
         while self.phase < len(self.phases) - 1 and (due := self._due(session)):
             reason = due
-            self._go_back(session.module)
+            self._go_back(session, reason)
             self._enter(session, self.phase + 1, reason)
         if reason is not None:
             name = f" ({self.current.name})" if self.current.name else ""
@@ -306,7 +307,7 @@ class PhaseUnfreeze(MaskCallback):
         return {name: factors.get(name, 1.0) for name in names}
 
     def watch(self, session: Session, after_training: bool) -> None:
-        """Look at the metric that ends the current phase; called after validation and at the end of a training epoch.
+        """Look at the metric that ends the current phase; called after each validation and each training epoch.
 
         Raises:
             RuntimeError: If the metric was never logged, naming those that were.
@@ -341,10 +342,15 @@ class PhaseUnfreeze(MaskCallback):
     _validated: bool = False
 
     @torch.no_grad()
-    def _go_back(self, module: nn.Module) -> None:
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        for name, value in self._progress.best_weights.items():
+    def _go_back(self, session: Session, reason: str) -> None:
+        best = self._progress.best_weights
+        if not best:
+            return
+        session.tell("on_masks_changing", reason)
+        tensors = {**dict(session.module.named_parameters()), **dict(session.module.named_buffers())}
+        for name, value in best.items():
             tensors[name].copy_(value)
+        session.zero_pruned()  # more may be pruned by now than when the best was seen
 
     def _write(self, session: Session) -> None:
         """Write the resolved phases as YAML into the run's folder, on rank zero."""
@@ -395,11 +401,20 @@ def gradual(module: nn.Module, every: Moment, lr_decay: float) -> list[Phase]:
     return phases
 
 
-def write_phases(phases: Iterable[Phase], path: Path) -> None:
-    """Write phases as YAML that ``PhaseUnfreeze(path)`` reads; under a temporary name first, then renamed."""
+def write_phases(phases: Sequence[Phase], path: Path) -> None:
+    """Write phases as YAML that ``PhaseUnfreeze(path)`` reads; under a temporary name first, then renamed.
+
+    A phase's ``MaskSet`` is written beside it, as ``<stem>.<number of the phase>.safetensors``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    given = [phase.to_dict() for phase in phases]
+    for i, phase in enumerate(phases):
+        if isinstance(phase.selection.mask, MaskSet):
+            file = path.with_name(f"{path.stem}.{i}.safetensors").absolute()
+            phase.selection.mask.save(file)
+            given[i]["mask"] = str(file)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(yaml.safe_dump([phase.to_dict() for phase in phases], sort_keys=False))
+    temporary.write_text(yaml.safe_dump(given, sort_keys=False))
     os.replace(temporary, path)
 
 

@@ -218,8 +218,12 @@ class PruneMask(MaskCallback):
         return growth
 
     def _recipe(self, sparsity: float) -> dict[str, Any]:
-        score = self.score if isinstance(self.score, str) else self.score.__qualname__
-        return {"pruned by": score, "sparsity": sparsity, "structure": self.structure, "allocation": self.allocation}
+        return {
+            "pruned by": criteria.name_of(self.score),
+            "sparsity": sparsity,
+            "structure": self.structure,
+            "allocation": self.allocation,
+        }
 
     def _scope_names(self, session: Session) -> list[str]:
         module = session.module

@@ -53,6 +53,7 @@ class RunReport(Callback):
     def on_masks_changing(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
         """Check what was held until now."""
         self._check(pl_module)
+        self._copies = {}
 
     def on_masks_changed(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
         """Copy what is held from now on; print the table at the start."""

@@ -60,7 +60,7 @@ class Session:
         self._reduced: set[str] = set()
         self._required: dict[str, bool] = {}
         self._reference: dict[str, Tensor] | None = None
-        self._in_window = False
+        self._in_window = self._epoch_ended = False
         self._facts: dict[str, float] = {}
 
     # Facts about the run.
@@ -176,6 +176,7 @@ class Session:
 
     def before_batch(self) -> None:
         """Put new phases and redrawn masks in force, between two optimizer steps."""
+        self.settle()
         if self._in_window:
             return
         changed = [reason for m in self.members if (reason := m.advance(self))]
@@ -205,10 +206,20 @@ class Session:
             self.tell("on_masks_changed", "; ".join(changed))
         self.engine.after_backward()
 
-    def metrics_changed(self, after_training: bool) -> None:
+    def validated(self) -> None:
         """Let the phases look at a monitored metric."""
         if self.phases is not None:
-            self.phases.watch(self, after_training)
+            self.phases.watch(self, after_training=False)
+
+    def epoch_ended(self) -> None:
+        """Remember to look at a monitored metric: the module's own hook, which may log it, comes after the callbacks'."""
+        self._epoch_ended = True
+
+    def settle(self) -> None:
+        """Let the phases look at a metric of the training epoch that ended, once; before anything is saved or goes on."""
+        if self._epoch_ended and self.phases is not None:
+            self._epoch_ended = False
+            self.phases.watch(self, after_training=True)
 
     def correct(self, checkpoint: dict[str, Any]) -> None:
         """Make the held entries in a checkpoint exact, in the weights and in averages of them."""
@@ -251,6 +262,21 @@ class Session:
         parameters = self.module.named_parameters()
         return MaskSet({name: full(self._required.get(name, True), p.shape) for name, p in parameters})
 
+    def _alive(self) -> dict[str, Tensor]:
+        """What all PruneMasks let live, of the tensors that they have in scope."""
+        alive: dict[str, Tensor] = {}
+        for pruner in self.pruners:
+            for name, mask in pruner.masks.items():
+                alive[name] = both(alive[name], mask) if name in alive else mask
+        return alive
+
+    @torch.no_grad()
+    def zero_pruned(self) -> None:
+        """Write +0.0 over all that is pruned."""
+        for name, mask in self._alive().items():
+            parameter = self.module.get_parameter(name)
+            parameter.masked_fill_(~mask.to(parameter.device), 0)
+
     def _hold(self) -> None:
         masks = self.free()
         if self.phases is not None:
@@ -259,21 +285,14 @@ class Session:
             raise ValueError(
                 "The masks of all FreezeMask callbacks together train nothing; let them share some entries."
             )
-        alive: dict[str, Tensor] = {}
-        for pruner in self.pruners:
-            for name, mask in pruner.masks.items():
-                alive[name] = both(alive[name], mask) if name in alive else mask
+        alive = self._alive()
         combined = {**masks, **{name: both(masks[name], mask) for name, mask in alive.items()}}
-        zero = {name: ~mask for name, mask in alive.items()}
         if self.engine is None:
             way = "dense" if any(m.engine == "dense" for m in self.members) else "auto"
-            with torch.no_grad():
-                for name, mask in zero.items():
-                    parameter = self.module.get_parameter(name)
-                    parameter.masked_fill_(mask.to(parameter.device), 0)
+            self.zero_pruned()
             self.engine = MaskEngine(self.module, self.trainer.optimizers, combined, engine=way)
         else:
-            self.engine.update(combined, zero=zero)
+            self.engine.update(combined, zero={name: ~mask for name, mask in alive.items()})
         self._take_facts()
         self._refuse_idle_optimizer()
 

@@ -62,6 +62,13 @@ def get(score: str | Criterion) -> Criterion:
     return CRITERIA[score]
 
 
+def name_of(score: str | Criterion) -> str:
+    """Return the name a criterion is registered under, or where its function is defined."""
+    if isinstance(score, str):
+        return score
+    return next((name for name, function in CRITERIA.items() if function is score), score.__qualname__)
+
+
 class Context:
     """What a criterion may look at besides the parameters.
 

@@ -59,8 +59,9 @@ def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None 
 class RateFactors:
     """Multiplies the learning rate of single tensors for the length of a step, without changing the param groups.
 
-    While ``optimizer.step`` runs, each group stands split by factor; before and after it the groups are the user's own
-    objects in their own order, so that schedulers, loggers and checkpoints see nothing.
+    While the optimizer updates, each group stands split by factor; before and after that, and while a closure given to
+    ``step`` runs (Lightning's training step does), the groups are the user's own objects in their own order, so that
+    schedulers, loggers, checkpoints and the training step see nothing.
 
     Args:
         optimizer: The optimizer to wrap with step hooks.
@@ -80,7 +81,7 @@ class RateFactors:
                 "LBFGS takes one learning rate for all tensors; give lr_scale one number that covers them all."
             )
         self._handles = [
-            optimizer.register_step_pre_hook(self._split),
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._join),
             optimizer.register_state_dict_pre_hook(self._join),
         ]
@@ -91,7 +92,24 @@ class RateFactors:
         for handle in self._handles:
             handle.remove()
 
-    def _split(self, *_: Any) -> None:
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._split()
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._apart(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._apart(kwargs["closure"])}
+        return None
+
+    def _apart(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            self._join()
+            result = closure()
+            self._split()
+            return result
+
+        return run
+
+    def _split(self) -> None:
         self._join()
         self._own = self.optimizer.param_groups
         self.optimizer.param_groups = [part for group in self._own for part in self._parts(group)]

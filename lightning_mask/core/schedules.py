@@ -49,7 +49,7 @@ class Moment:
     unit: str
 
     def __str__(self) -> str:
-        number = f"{self.value:g}"
+        number = str(int(self.value)) if self.value == int(self.value) else str(self.value)
         return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
 
     @classmethod

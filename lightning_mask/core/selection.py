@@ -86,7 +86,7 @@ class Selection:
         if self.scope is None:
             names = [n for n, p in parameters.items() if n not in train and n in trainable and p.numel()]
         else:
-            names = [n for n in resolve(self.scope, model, "scope") if n not in train]
+            names = [n for n in resolve(self.scope, model, "scope") if n not in train and parameters[n].numel()]
         if not names:
             raise ValueError(
                 "scope: nothing is left to rank, `train` names every tensor already; narrow train or drop score."
@@ -133,7 +133,7 @@ class Selection:
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe as plain values that JSON can hold."""
-        score = self.score if isinstance(self.score, str) or self.score is None else self.score.__qualname__
+        score = None if self.score is None else criteria.name_of(self.score)
         mask = self.mask.hash() if isinstance(self.mask, MaskSet) else self.mask
         return {
             "train": list(as_patterns(self.train)),
