@@ -176,12 +176,12 @@ def eval_loader(
 ) -> ResumableLoader:
     """Return a loader in the order of the data in which, over all ranks together, every example comes exactly once.
 
-    All ranks have the same number of batches; ``batch_size`` is lowered a little where that needs it.
+    All ranks have the same number of batches; ``batch_size`` is changed a little where that needs it.
 
     Args:
         dataset: Map-style dataset with a length.
         collate: Makes a batch of a list of examples.
-        batch_size: Batch size of one rank, at most.
+        batch_size: Batch size of one rank.
         num_workers: Worker processes.
         trainer: Gives the ranks; without one, there is one.
 
@@ -226,12 +226,12 @@ def _loader(
 
 
 def _even_batch_size(size: int, batch_size: int, world: int) -> int:
-    """The largest batch size, ``batch_size`` at most, that gives all ranks equally many batches.
+    """The batch size nearest to ``batch_size``, smaller ones first, that gives all ranks equally many batches.
 
     A rank has floor(size / world) examples or one more.
     """
     fewest, most = size // world, -(-size // world)
-    for candidate in range(min(batch_size, most), 0, -1):
+    for candidate in (*range(min(batch_size, most), 0, -1), *range(batch_size + 1, most)):
         if -(-fewest // candidate) == -(-most // candidate):
             return candidate
-    return most  # reached with fewest = 1 or 2 only: one batch
+    return most

@@ -1,6 +1,7 @@
 """Texts as tokens: made once, kept on disk, padded batch by batch."""
 
 import hashlib
+import json
 import os
 import tempfile
 import warnings
@@ -121,7 +122,12 @@ def _encode(texts: Sequence[str], tokenizer: Any, max_length: int) -> dict[str, 
 
 def _key(texts: Sequence[str], tokenizer: Any, max_length: int) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    identity = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        identity = repr(sorted(tokenizer.get_vocab().items()))
+    else:
+        parts = json.loads(backend.to_str())
+        # What the latest call asked for, not what the tokenizer is.
+        identity = json.dumps({name: part for name, part in parts.items() if name not in ("truncation", "padding")})
     digest = hashlib.sha256(
         f"{type(tokenizer).__name__}\0{max_length}\0{tokenizer.truncation_side}\0{identity}".encode()
     )

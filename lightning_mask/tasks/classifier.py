@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 Batch = dict[str, Tensor]
@@ -56,8 +56,9 @@ class Classifier(LightningModule):
         self.confusion_matrix: list[list[int]] | None = None
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
-        self.metrics = nn.ModuleDict()
+        self.metrics = nn.ModuleDict({"train_loss": MeanMetric()})
         for stage in ("val", "test"):
+            self.metrics[f"{stage}_loss"] = MeanMetric()
             self.metrics[f"{stage}_accuracy"] = MulticlassAccuracy(num_classes, average="micro")
             self.metrics[f"{stage}_macro_f1"] = MulticlassF1Score(num_classes, average="macro")
         self.metrics["test_confusion"] = MulticlassConfusionMatrix(num_classes)
@@ -75,7 +76,7 @@ class Classifier(LightningModule):
         loss = self.mask_loss(batch)
         size = len(batch["labels"])
         self.log("train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
-        self.log("train/loss_epoch", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self._add("train/loss_epoch", "train_loss", loss.detach(), size)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -89,24 +90,30 @@ class Classifier(LightningModule):
     def _evaluate(self, batch: Batch, stage: str) -> None:
         labels = batch["labels"]
         logits = self(batch).float()
-        size = len(labels)
-        self.log(
-            f"{stage}/loss", cross_entropy(logits, labels), prog_bar=stage == "val", batch_size=size, sync_dist=True
-        )
-        for name in ("accuracy", "macro_f1"):
-            metric = self.metrics[f"{stage}_{name}"]
-            assert isinstance(metric, Metric)
-            metric.update(logits, labels)
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=size)
+        self._add(f"{stage}/loss", f"{stage}_loss", cross_entropy(logits, labels), len(labels))
+        self._add(f"{stage}/accuracy", f"{stage}_accuracy", logits, labels)
+        self._add(f"{stage}/macro_f1", f"{stage}_macro_f1", logits, labels)
         if stage == "test":
-            confusion = self.metrics["test_confusion"]
-            assert isinstance(confusion, Metric)
-            confusion.update(logits, labels)
+            self._metric("test_confusion").update(logits, labels)
+
+    def _metric(self, name: str) -> Metric:
+        metric = self.metrics[name]
+        assert isinstance(metric, Metric)
+        return metric
+
+    def _add(self, name: str, metric_name: str, *what: Any) -> None:
+        """Add a batch to a figure of the epoch.
+
+        Losses too are metrics: Lightning's own mean over ranks rounds the number of examples per rank down, and so is off
+        where it is odd.
+        """
+        metric = self._metric(metric_name)
+        metric.update(*what)
+        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name.startswith("val/"))
 
     def on_test_epoch_end(self) -> None:
         """Keep the confusion matrix over all ranks."""
-        confusion = self.metrics["test_confusion"]
-        assert isinstance(confusion, Metric)
+        confusion = self._metric("test_confusion")
         self.confusion_matrix = confusion.compute().tolist()
         confusion.reset()
 

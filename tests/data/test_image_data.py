@@ -1,0 +1,68 @@
+"""Images from a package and from a folder."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_mask.data import ImageData, folder, mnist5k
+
+
+def test_digits() -> None:
+    digits = ImageData(batch_size=64)
+    assert digits.num_classes == 10
+    batches = list(digits.train_dataloader())
+    pixels = torch.cat([batch["pixel_values"] for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert pixels.shape == (4000, 1, 28, 28)
+    assert pixels.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert labels.bincount().tolist() == [400] * 10
+    assert abs(float(pixels.mean())) < 1e-4
+    assert abs(float(pixels.std()) - 1) < 1e-3
+    for loader in (digits.val_dataloader(), digits.test_dataloader()):
+        assert torch.cat([batch["labels"] for batch in loader]).bincount().tolist() == [50] * 10
+
+
+def test_no_digit_is_trained_on_and_tested_on() -> None:
+    splits = mnist5k()
+    assert splits.test == mnist5k().test
+    assert not set(splits.train) & set(splits.test)
+    assert sorted(splits.train + splits.validation + splits.test) == list(range(5000))
+
+
+def make_folder(root: Path) -> str:
+    from PIL import Image
+
+    for shade, name in ((40, "dark"), (200, "light")):
+        (root / name).mkdir()
+        for i in range(20):
+            Image.new("RGB", (10 + i, 14), (shade, i, 0)).save(root / name / f"{i}.png")
+    return str(root)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder(tmp_path: Path, channels: int) -> None:
+    images = ImageData(partial(folder, make_folder(tmp_path), size=8, channels=channels), batch_size=5)
+    batch = next(iter(images.train_dataloader()))
+    assert batch["pixel_values"].shape == (5, channels, 8, 8)
+    assert images.class_names == ["dark", "light"]
+    splits = folder(str(tmp_path), size=8, channels=channels)
+    dark = splits.images[splits.labels == 0, 0].float().mean()
+    assert dark < splits.images[splits.labels == 1, 0].float().mean()
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere'"):
+        folder(str(tmp_path / "nowhere"))
+    (tmp_path / "one").mkdir()
+    with pytest.raises(ValueError, match="has 1 subfolders"):
+        folder(str(tmp_path))
+    (tmp_path / "two").mkdir()
+    with pytest.raises(ValueError, match=r"folder '.*one' has no images"):
+        folder(str(tmp_path))
+    for name in ("one", "two"):
+        (tmp_path / name / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+        folder(str(tmp_path))
