@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_mask.core.holders import Holder, make_holder
 from lightning_mask.core.maskset import MaskSet, active
@@ -72,10 +73,13 @@ class MaskEngine:
         self.masks = MaskSet({})
         self._aliases = aliases(model)
         self._parameters = dict(model.named_parameters())
-        self._owner = {id(p): optimizer for optimizer in self.optimizers for p in parameters_of(optimizer)}
+        self._owners: dict[int, list[Optimizer]] = {}
+        for optimizer in self.optimizers:
+            for parameter in parameters_of(optimizer):
+                self._owners.setdefault(id(parameter), []).append(optimizer)
         self._required = {name: p.requires_grad for name, p in self._parameters.items()}
         self._holders: dict[str, Holder] = {}
-        self._norms: dict[nn.Module, tuple[Any, bool]] = {}
+        self._norms: dict[nn.Module, list[RemovableHandle]] = {}
         self._rates: list[RateFactors] = []
         self._factors: dict[str, float] = {}
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in self.optimizers]
@@ -156,11 +160,13 @@ class MaskEngine:
         """
         for name, holder in self._holders.items():
             for alias in self._aliases[name]:
-                value = state_dict.get(prefix + alias)
-                if isinstance(value, Tensor) and value.shape == self._parameters[name].shape:
-                    exact = value.detach().clone(memory_format=torch.contiguous_format)
-                    exact = exact.to(self._parameters[name].device)
+                value, parameter = state_dict.get(prefix + alias), self._parameters[name]
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    exact = value.detach().to(parameter.device, parameter.dtype, copy=True).contiguous()
                     holder.restore(exact)
+                    if value.dtype != parameter.dtype:  # somebody stores it in another precision
+                        mask = self.masks[name].to(parameter.device)
+                        exact = torch.where(mask, value.detach().to(parameter.device), exact.to(value.dtype))
                     state_dict[prefix + alias] = exact.to(value.device)
 
     @torch.no_grad()
@@ -172,8 +178,7 @@ class MaskEngine:
                 continue
             mask = self.masks.get(name, torch.tensor(True)).to(parameter.device)
             parameter.copy_(torch.where(mask, value.to(parameter.device), parameter))
-            owner = self._owner.get(id(parameter))
-            if owner is not None:
+            for owner in self._owners.get(id(parameter), []):
                 reset_state(owner, parameter)
 
     def restore(self) -> None:
@@ -195,7 +200,7 @@ class MaskEngine:
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         for name, holder in self._holders.items():
             parameter = self._parameters[name]
-            if self._owner.get(id(parameter)) is optimizer:
+            if any(owner is optimizer for owner in self._owners.get(id(parameter), [])):
                 holder.restore(parameter.data)
 
     @torch.no_grad()
@@ -205,17 +210,17 @@ class MaskEngine:
         for name, mask in changed.items():
             parameter, count = self._parameters[name], active(mask)
             self._holders.pop(name, None)
-            owner = self._owner.get(id(parameter))
+            owners = self._owners.get(id(parameter), [])
             trains = count > 0 or (parameter.numel() == 0 and self._required[name])
             if trains and not parameter.requires_grad:
                 parameter.requires_grad_(True)
             elif not trains and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            if owner is not None and not trains:
+            for owner in owners if not trains else []:
                 reset_state(owner, parameter)
             partly = 0 < count < parameter.numel()
-            if partly or (owner is not None and not trains and moves_without_gradient(owner)):
+            if partly or (not trains and any(moves_without_gradient(owner) for owner in owners)):
                 self._holders[name] = make_holder(parameter.data, mask.to(parameter.device), count)
         self.masks = changed
         self._hold_norms(self._held_norms())
@@ -230,7 +235,7 @@ class MaskEngine:
                     f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}."
                 )
             trains = active(mask) > 0
-            if trains and id(parameter) not in self._owner:
+            if trains and id(parameter) not in self._owners:
                 raise ValueError(
                     f"{name} is to train, and no optimizer holds it; hand it to the optimizer in configure_optimizers, "
                     "or leave it out of the selection."
@@ -240,15 +245,13 @@ class MaskEngine:
 
     def _start_afresh(self, name: str, before: Tensor, after: Tensor) -> None:
         parameter = self._parameters[name]
-        owner = self._owner.get(id(parameter))
-        if owner is None or active(before) == before.numel():
+        owners = self._owners.get(id(parameter), [])
+        if not owners or active(before) == before.numel():
             return
-        if active(before) == 0:
-            reset_state(owner, parameter)
-            return
-        new = after.to(parameter.device) & ~before.to(parameter.device)
-        if bool(new.any()):
-            reset_state(owner, parameter, new)
+        new = None if active(before) == 0 else after.to(parameter.device) & ~before.to(parameter.device)
+        if new is None or bool(new.any()):
+            for owner in owners:
+                reset_state(owner, parameter, new)
 
     def _row(self, name: str, parameter: nn.Parameter) -> Row:
         n = parameter.numel()
@@ -277,15 +280,27 @@ class MaskEngine:
     def _hold_norms(self, norms: Iterable[nn.Module]) -> None:
         wanted = set(norms)
         for module in [m for m in self._norms if m not in wanted]:
-            handle, mode = self._norms.pop(module)
-            handle.remove()
-            module.training = mode
+            for handle in self._norms.pop(module):
+                handle.remove()
         for module in wanted - set(self._norms):
-            self._norms[module] = (module.register_forward_pre_hook(_to_eval), module.training)
+            enter = module.register_forward_pre_hook(_enter_eval)
+            leave = module.register_forward_hook(_leave_eval, always_call=True)
+            self._norms[module] = [enter, leave]
 
 
-def _to_eval(module: nn.Module, _: Any) -> None:
-    module.training = False
+def _enter_eval(module: nn.Module, _: Any) -> None:
+    """Run one forward in eval mode; the module's own mode stays what the user last set."""
+    if module.training:
+        module.training = False
+        module.__dict__[_TRAINS] = True
+
+
+def _leave_eval(module: nn.Module, *_: Any) -> None:
+    if module.__dict__.pop(_TRAINS, False):
+        module.training = True
+
+
+_TRAINS = "_lightning_mask_trains"
 
 
 def check_engine(engine: str) -> None:

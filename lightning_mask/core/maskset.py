@@ -131,7 +131,7 @@ class MaskSet(Mapping[str, Tensor]):
         from safetensors.torch import save_file
 
         state = self.to_state()["masks"]
-        recipe_only = _regenerable(self.recipe)
+        recipe_only = _regenerable(self.recipe) and self._follows_recipe()
         bits = {n: i["bits"] for n, i in state.items() if isinstance(i["bits"], Tensor)} if not recipe_only else {}
         uniform = {n: i["bits"] for n, i in state.items() if isinstance(i["bits"], bool)}
         metadata = {
@@ -150,6 +150,13 @@ class MaskSet(Mapping[str, Tensor]):
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _follows_recipe(self) -> bool:
+        """Whether drawing again, as :meth:`load` would, gives these very masks."""
+        if not self.keys() >= set(self.recipe["scope_names"]):
+            return False
+        drawn = MaskSet(_regenerate(self.recipe, {name: list(mask.shape) for name, mask in self.items()}))
+        return all(torch.equal(mask, self[name].cpu()) for name, mask in drawn.items())
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
         """Read a file that :meth:`save` wrote.
@@ -163,10 +170,12 @@ class MaskSet(Mapping[str, Tensor]):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no mask file {str(path)!r}.")
+        bits: dict[str, Tensor] = {}
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                bits = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+                if metadata.get("format") == _FORMAT:  # of a foreign file no tensor is read
+                    bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"The mask file {str(path)!r} is damaged ({error}); write it again with MaskSet.save."
@@ -177,11 +186,11 @@ class MaskSet(Mapping[str, Tensor]):
             shapes, uniform = json.loads(metadata["shapes"]), json.loads(metadata["uniform"])
             recipe = json.loads(metadata["recipe"])
             masks = {name: _full(value, shapes[name]) for name, value in uniform.items()}
-            masks |= {name: _unpack(packed, shapes[name]) for name, packed in bits.items()}
-            if _regenerable(recipe):
-                masks |= _regenerate(recipe, shapes)
+            masks |= {name: _unpack(packed.numpy(), shapes[name]) for name, packed in bits.items()}
+            if _regenerable(recipe) and masks.keys() != shapes.keys():
+                masks = _regenerate(recipe, shapes) | masks
             loaded = cls({name: masks[name] for name in shapes}, recipe)
-        except (KeyError, ValueError, json.JSONDecodeError) as error:
+        except Exception as error:  # whatever a damaged header leads to
             raise ValueError(f"The mask file {str(path)!r} is damaged ({error!r}); write it again.") from None
         if loaded.hash() != metadata.get("hash"):
             raise ValueError(
@@ -226,7 +235,7 @@ def _compress(mask: Tensor) -> Tensor:
     if _uniform(mask) is not None:
         return mask
     total = int(mask.sum())
-    return mask if 0 < total < mask.numel() else _full(total > 0, mask.shape).to(mask.device)
+    return mask if 0 < total < mask.numel() else torch.tensor(total > 0, device=mask.device).expand(mask.shape)
 
 
 def _as_bool(name: str, mask: Any) -> Tensor:

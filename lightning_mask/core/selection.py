@@ -1,5 +1,6 @@
 """Selection: the whole recipe for one mask, and the pipeline that follows it."""
 
+import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,8 @@ def select(
     elif selection.score is not None:
         names = selection.scope_names(model, trainable)
         scoped = {name: parameters[name] for name in names}
+        context = copy.copy(context)
+        context.seed = selection.seed  # the file of a random mask keeps the recipe's seed and nothing else
         scores = criteria.compute(selection.score, scoped, context)
         assert selection.density is not None
         masks |= choose(scores, Budget(selection.density), selection.structure, selection.allocation)
