@@ -117,7 +117,8 @@ class Plateau:
         plateau = cls(**given)
         if plateau.mode not in ("min", "max"):
             raise ValueError(f"{argument}: mode={plateau.mode!r} must be 'min' or 'max'.")
-        if not isinstance(plateau.patience, int) or plateau.patience < 1 or plateau.min_delta < 0:
+        number = isinstance(plateau.min_delta, float | int) and plateau.min_delta >= 0  # nan is not
+        if not isinstance(plateau.patience, int) or plateau.patience < 1 or not number:
             raise ValueError(
                 f"{argument}: patience must be a whole number from 1 and min_delta at least 0, got {given!r}."
             )
