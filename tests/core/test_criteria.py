@@ -1,0 +1,255 @@
+from collections.abc import Iterable, Iterator, Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_mask import criterion
+from lightning_mask.core import Context
+from lightning_mask.core.criteria import CRITERIA, compute, named_seed, random_scores
+
+# One linear unit y = w.x + b without activation; loss = mean over the batch of (y - t)^2, so
+# dL/dw_j = mean of 2 (y - t) x_j and dL/db = mean of 2 (y - t), which is done by hand below.
+WEIGHT, BIAS = [[2.0, -1.0]], [0.5]
+BATCHES = [
+    (torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.5], [0.5]])),  # y = 2.5, -0.5; y - t = 2, -1
+    (torch.tensor([[1.0, 1.0], [-1.0, 2.0]]), torch.tensor([[2.5], [-3.5]])),  # y = 1.5, -3.5; y - t = -1, 0
+]
+# batch 1: dw = (2*2*1 + 0)/2, (0 - 2*1*1)/2 = 2, -1; db = (4 - 2)/2 = 1
+# batch 2: dw = (2*-1*1 + 0)/2, (2*-1*1 + 0)/2 = -1, -1; db = -1
+GRADIENTS = [([[2.0, -1.0]], [1.0]), ([[-1.0, -1.0]], [-1.0])]
+
+
+def unit() -> nn.Linear:
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor(WEIGHT))
+        model.bias.copy_(torch.tensor(BIAS))
+    return model
+
+
+def context(model: nn.Module, batches: Iterable[object] = BATCHES, **more: object) -> Context:
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    return Context(model, loss=loss, batches=lambda: batches, **more)  # type: ignore[arg-type]
+
+
+def run(score: str, model: nn.Module, **more: object) -> dict[str, Tensor]:
+    return compute(score, dict(model.named_parameters()), context(model, **more))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("score", "weight", "bias"),
+    [
+        ("magnitude", [[2.0, 1.0]], [0.5]),
+        ("gradient", [[3.0, 2.0]], [2.0]),  # |2| + |-1|, |-1| + |-1|; |1| + |-1|: signs must not cancel
+        ("fisher", [[2.5, 1.0]], [1.0]),  # (4 + 1) / 2, (1 + 1) / 2; (1 + 1) / 2
+    ],
+)
+def test_by_hand(score: str, weight: list[list[float]], bias: list[float]):
+    scores = run(score, unit())
+    assert scores["weight"].tolist() == weight
+    assert scores["bias"].tolist() == bias
+    assert not any(s.requires_grad for s in scores.values())
+
+
+def test_gradients_batch_by_batch_by_hand():
+    model = unit()
+    found = [
+        (g["weight"].tolist(), g["bias"].tolist())
+        for g in context(model).gradients(dict(model.named_parameters()))
+    ]
+    assert found == GRADIENTS
+
+
+def test_random_scores_depend_on_name_and_seed_alone():
+    shapes = {"a": (3, 4), "b": (3, 4)}
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one = random_scores(shapes, 5)
+    assert torch.equal(torch.get_rng_state(), state), "the global random state is not drawn from"
+    torch.manual_seed(2)
+    assert torch.equal(one["a"], random_scores({"z": (9,), "a": (3, 4)}, 5)["a"])
+    assert not torch.equal(one["a"], one["b"])
+    assert not torch.equal(one["a"], random_scores(shapes, 6)["a"])
+    assert named_seed(0, "encoder.weight") == 5078853762997613186, "written down: masks of old recipes stay the same"
+
+
+class Awkward(nn.Module):
+    """Dropout, batch statistics, a frozen tensor, one that the loss does not reach, mixed modes, gradients at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+        self.last, self.unused = nn.Linear(4, 1), nn.Linear(2, 2)
+        self.first.weight.requires_grad_(False)
+        self.train()
+        self.drop.eval()
+        self.unused.eval()
+        self.last.weight.grad = torch.full_like(self.last.weight, 7.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.norm(self.first(x))))
+
+
+def everything(model: nn.Module) -> list[object]:
+    return [
+        {n: t.clone() for n, t in model.state_dict().items()},
+        {n: (p.requires_grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()},
+        {n: m.training for n, m in model.named_modules()},
+        {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        torch.get_rng_state(),
+    ]
+
+
+def assert_same(a: object, b: object) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("score", sorted(CRITERIA))
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_the_model_is_left_as_it_was(score: str, grad_enabled: bool):
+    torch.manual_seed(0)
+    model, batches = Awkward(), [(torch.randn(5, 3), torch.randn(5, 1)) for _ in range(2)]
+    before = everything(model)
+    with torch.set_grad_enabled(grad_enabled):
+        scores = run(score, model, batches=batches)
+    for now, then in zip(everything(model), before, strict=True):
+        if isinstance(then, dict) and isinstance(next(iter(then.values())), tuple):
+            assert now.keys() == then.keys()  # type: ignore[attr-defined]
+            for name in then:
+                for x, y in zip(now[name], then[name], strict=True):  # type: ignore[index]
+                    assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, name
+        elif isinstance(then, Tensor):
+            assert torch.equal(now, then)  # type: ignore[arg-type]
+        else:
+            assert_same(now, then)
+    assert [*scores] == [n for n, _ in model.named_parameters()]
+    if score in ("gradient", "fisher"):
+        assert scores["first.weight"].abs().sum() > 0, "a frozen tensor can be scored"
+        assert scores["unused.weight"].abs().sum() == 0, "what the loss does not reach scores zero"
+
+
+def test_gradients_are_taken_in_eval_mode():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9)).train()
+    seen = []
+    model[1].register_forward_hook(lambda m, *_: seen.append(m.training))
+    run("fisher", model)
+    assert seen == [False, False]
+
+
+def test_the_model_is_put_back_when_the_loss_fails():
+    model = Awkward()
+    modes = {n: m.training for n, m in model.named_modules()}
+
+    def fail(_: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compute("fisher", dict(model.named_parameters()), Context(model, loss=fail, batches=lambda: [1]))
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert not model.first.weight.requires_grad
+
+
+def test_the_model_is_put_back_when_a_criterion_stops_early_or_fails():
+    model = Awkward()
+    modes = {n: m.training for n, m in model.named_modules()}
+    params = dict(model.named_parameters())
+    batches = [(torch.randn(5, 3), torch.randn(5, 1)) for _ in range(3)]
+
+    def first_batch(params: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+        for gradients in context.gradients(params):
+            return gradients
+        raise AssertionError
+
+    def stumbles(params: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+        for _ in context.gradients(params):
+            raise KeyError("mine")
+        raise AssertionError
+
+    compute(first_batch, params, context(model, batches))
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    with pytest.raises(KeyError, match="mine") as error:
+        compute(stumbles, params, context(model, batches))
+    assert error.value is not None  # its traceback is alive
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert not model.first.weight.requires_grad
+
+
+def test_low_precision_is_summed_in_float32():
+    model = nn.Linear(4, 2).to(torch.bfloat16)
+    batches = [(torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.bfloat16))] * 3
+    for score in ("gradient", "fisher"):
+        assert run(score, model, batches=batches)["weight"].dtype == torch.float32
+
+
+def test_nan_is_refused_by_name():
+    model = unit()
+    bad = [(torch.tensor([[1.0, float("nan")]]), torch.tensor([[0.0]]))]
+    with pytest.raises(ValueError, match="'fisher' gave nan for weight"):
+        run("fisher", model, batches=bad)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        ({"weight": torch.zeros(1, 2)}, "no score for bias"),
+        ({"weight": torch.zeros(2), "bias": torch.zeros(1)}, r"shape \(2,\) for weight of \(1, 2\)"),
+        ({"weight": torch.full((1, 2), torch.nan), "bias": torch.zeros(1)}, "gave nan for weight"),
+    ],
+)
+def test_what_a_criterion_may_not_return(returned: dict[str, Tensor], says: str):
+    model = unit()
+
+    def mine(params: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+        return returned
+
+    with pytest.raises(ValueError, match="'mine'") as error:
+        compute(mine, dict(model.named_parameters()), context(model))
+    error.match(says)
+
+
+def test_without_data_loss_or_reference_it_says_so():
+    model = unit()
+    params = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="needs training batches"):
+        compute("fisher", params, Context(model))
+    with pytest.raises(ValueError, match="needs a loss"):
+        compute("fisher", params, Context(model, batches=lambda: [1]))
+    with pytest.raises(ValueError, match="gave none"):
+        compute("fisher", params, context(model, []))
+    with pytest.raises(ValueError, match="from the start of training"):
+        _ = Context(model).reference
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    before = dict(CRITERIA)
+    yield
+    CRITERIA.clear()
+    CRITERIA.update(before)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_criterion_of_ones_own():
+    @criterion("last_minus_first")
+    def last_minus_first(params: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+        return {name: (p - context.reference[name]).abs() for name, p in params.items()}
+
+    model = unit()
+    reference = {"weight": torch.tensor([[1.0, 1.0]]), "bias": torch.tensor([0.0])}
+    scores = run("last_minus_first", model, reference=reference)
+    assert scores["weight"].tolist() == [[1.0, 2.0]]
+    assert scores["bias"].tolist() == [0.5]
+    assert not scores["weight"].requires_grad
+    with pytest.raises(ValueError, match="named 'magnitude' exists already"):
+        criterion("magnitude")(last_minus_first)
+    assert criterion("last_minus_first")(last_minus_first) is last_minus_first, "a module loaded again"
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"'fischer' is unknown; did you mean 'fisher'\?.*@criterion"):
+        run("fischer", unit())
+    with pytest.raises(ValueError, match="name of a criterion or a function"):
+        compute(3, {}, Context(unit()))  # type: ignore[arg-type]
