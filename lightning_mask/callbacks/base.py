@@ -108,6 +108,11 @@ class MaskCallback(Callback):
         if self._leads and self._session:
             self._session.after_backward()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make weight averages exact before they are looked at."""
+        if self._leads and self._session and not self._session.closed:
+            self._session.correct_averages()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at a monitored metric."""
         if self._leads and self._session and not self._session.closed and not trainer.sanity_checking:
@@ -134,7 +139,9 @@ class MaskCallback(Callback):
             self._session.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model alone also when training fails."""
+        """Hold once more and leave the model alone also when training fails, in the middle of a step perhaps."""
+        if self._leads and self._session:
+            self._session.finish()
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_mask.callbacks import calibration, random_state
 from lightning_mask.callbacks.ddp import rebuild_reducer
@@ -61,6 +63,7 @@ class Session:
         self._required: dict[str, bool] = {}
         self._reference: dict[str, Tensor] | None = None
         self._in_window = self._epoch_ended = False
+        self._epoch = -1
         self._facts: dict[str, float] = {}
 
     # Facts about the run.
@@ -177,6 +180,9 @@ class Session:
     def before_batch(self) -> None:
         """Put new phases and redrawn masks in force, between two optimizer steps."""
         self.settle()
+        if self._averages and self._epoch != self.trainer.current_epoch and self.engine is not None:
+            self._epoch = self.trainer.current_epoch
+            self.engine.restore()  # an average may have been written into the model when the epoch began
         if self._in_window:
             return
         changed = [reason for m in self.members if (reason := m.advance(self))]
@@ -225,15 +231,31 @@ class Session:
         """Make the held entries in a checkpoint exact, in the weights and in averages of them."""
         if self.engine is None:
             return
+        self.correct_averages()  # a callback that comes later may put them into the checkpoint
         self.engine.correct(checkpoint["state_dict"])
         current = checkpoint.get("current_model_state")  # WeightAveraging keeps the model's own weights there
         if isinstance(current, dict):
             self.engine.correct(current)
 
+    def correct_averages(self) -> None:
+        """Make the held entries of every weight average exact."""
+        if self.engine is not None:
+            for average in self._averages:
+                self.engine.write_held(average)
+
     def finish(self) -> None:
         """Write held values once more, after every other callback had its say."""
-        if self.engine is not None:
+        if self.engine is not None and not self.closed:
             self.engine.restore()
+
+    @property
+    def _averages(self) -> list[nn.Module]:
+        """The modules in which weight averaging callbacks keep their averages."""
+        kinds = (StochasticWeightAveraging, WeightAveraging)
+        kept = [c._average_model for c in self.trainer.callbacks if isinstance(c, kinds)]  # type: ignore[attr-defined]
+        return [
+            average.module if isinstance(average, AveragedModel) else average for average in kept if average is not None
+        ]
 
     def close(self) -> None:
         """Take away every hook."""
@@ -290,9 +312,12 @@ class Session:
         if self.engine is None:
             way = "dense" if any(m.engine == "dense" for m in self.members) else "auto"
             self.zero_pruned()
-            self.engine = MaskEngine(self.module, self.trainer.optimizers, combined, engine=way)
+            self.engine = MaskEngine(
+                self.module, self.trainer.optimizers, combined, engine=way, guard=bool(self._averages)
+            )
         else:
             self.engine.update(combined, zero={name: ~mask for name, mask in alive.items()})
+        self.correct_averages()
         self._take_facts()
         self._refuse_idle_optimizer()
 

@@ -41,6 +41,8 @@ class MaskEngine:
         optimizers: The optimizer, or several, that hold the parameters; param groups keep number and order.
         masks: Name to boolean mask, True = may change. Parameters without a mask are left as they are.
         engine: ``"auto"`` or ``"dense"``.
+        guard: Whether somebody else writes to the weights too (weight averaging does). Then copies are also kept of the
+            tensors that are held whole and of the statistics of held normalisation modules, for :meth:`restore`.
 
     Raises:
         ValueError: If a mask is of another shape or of no parameter, or a tensor is to train that no optimizer holds.
@@ -66,9 +68,10 @@ class MaskEngine:
         masks: Mapping[str, Tensor],
         *,
         engine: str = "auto",
+        guard: bool = False,
     ) -> None:
         check_engine(engine)
-        self.model = model
+        self.model, self._guard = model, guard
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.masks = MaskSet({})
         self._aliases = aliases(model)
@@ -79,6 +82,8 @@ class MaskEngine:
                 self._owners.setdefault(id(parameter), []).append(optimizer)
         self._required = {name: p.requires_grad for name, p in self._parameters.items()}
         self._holders: dict[str, Holder] = {}
+        self._whole: dict[str, Holder] = {}
+        self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
         self._norms: dict[nn.Module, list[RemovableHandle]] = {}
         self._rates: list[RateFactors] = []
         self._factors: dict[str, float] = {}
@@ -158,16 +163,11 @@ class MaskEngine:
 
         Entries are replaced, not written to, so that tensors shared with the live model stay untouched.
         """
-        for name, holder in self._holders.items():
+        for name, holder in (self._holders | self._whole).items():
             for alias in self._aliases[name]:
-                value, parameter = state_dict.get(prefix + alias), self._parameters[name]
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    exact = value.detach().to(parameter.device, parameter.dtype, copy=True).contiguous()
-                    holder.restore(exact)
-                    if value.dtype != parameter.dtype:  # somebody stores it in another precision
-                        mask = self.masks[name].to(parameter.device)
-                        exact = torch.where(mask, value.detach().to(parameter.device), exact.to(value.dtype))
-                    state_dict[prefix + alias] = exact.to(value.device)
+                value = state_dict.get(prefix + alias)
+                if isinstance(value, Tensor) and value.shape == self._parameters[name].shape:
+                    state_dict[prefix + alias] = self._exact(name, holder, value.detach())
 
     @torch.no_grad()
     def rewind(self, weights: Mapping[str, Tensor]) -> None:
@@ -181,10 +181,21 @@ class MaskEngine:
             for owner in self._owners.get(id(parameter), []):
                 reset_state(owner, parameter)
 
+    @torch.no_grad()
     def restore(self) -> None:
-        """Write every held value back, as is done after each step."""
-        for optimizer in self.optimizers:
-            self._after_step(optimizer)
+        """Write every held value back, as is done after each step; with ``guard`` what is held whole and statistics too."""
+        self.write_held(self.model)
+        for module, kept in self._statistics.items():
+            for name, value in kept.items():
+                module.get_buffer(name).copy_(value)
+
+    @torch.no_grad()
+    def write_held(self, model: nn.Module) -> None:
+        """Write every held value into ``model``, which has parameters of the same names (an average, say)."""
+        parameters = dict(model.named_parameters())
+        for name, holder in (self._holders | self._whole).items():
+            tensor = parameters[name].data
+            tensor.copy_(self._exact(name, holder, tensor))
 
     def release(self) -> None:
         """Take away every hook and give each parameter the ``requires_grad`` it came with."""
@@ -195,7 +206,17 @@ class MaskEngine:
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(self._required[name])
         self._hold_norms(set())
-        self._handles, self._rates, self._holders = [], [], {}
+        self._handles, self._rates, self._holders, self._whole = [], [], {}, {}
+
+    def _exact(self, name: str, holder: Holder, value: Tensor) -> Tensor:
+        """A copy of ``value`` with the held entries of the parameter of that name."""
+        parameter = self._parameters[name]
+        exact = value.to(parameter.device, parameter.dtype, copy=True).contiguous()
+        holder.restore(exact)
+        if value.dtype != parameter.dtype:  # somebody keeps it in another precision
+            mask = self.masks[name].to(parameter.device)
+            exact = torch.where(mask, value.to(parameter.device), exact.to(value.dtype))
+        return exact.to(value.device)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         for name, holder in self._holders.items():
@@ -210,6 +231,7 @@ class MaskEngine:
         for name, mask in changed.items():
             parameter, count = self._parameters[name], active(mask)
             self._holders.pop(name, None)
+            self._whole.pop(name, None)
             owners = self._owners.get(id(parameter), [])
             trains = count > 0 or (parameter.numel() == 0 and self._required[name])
             if trains and not parameter.requires_grad:
@@ -222,6 +244,8 @@ class MaskEngine:
             partly = 0 < count < parameter.numel()
             if partly or (not trains and any(moves_without_gradient(owner) for owner in owners)):
                 self._holders[name] = make_holder(parameter.data, mask.to(parameter.device), count)
+            elif self._guard and not trains:
+                self._whole[name] = make_holder(parameter.data, mask.to(parameter.device), count)
         self.masks = changed
         self._hold_norms(self._held_norms())
 
@@ -286,6 +310,11 @@ class MaskEngine:
             enter = module.register_forward_pre_hook(_enter_eval)
             leave = module.register_forward_hook(_leave_eval, always_call=True)
             self._norms[module] = [enter, leave]
+        self._statistics = {m: self._statistics.get(m) or _copies_of_buffers(m) for m in wanted if self._guard}
+
+
+def _copies_of_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
 
 def _enter_eval(module: nn.Module, _: Any) -> None:
