@@ -154,7 +154,7 @@ def refresh_steps(refresh: Moment | None, run: Run, where: str) -> int:
     Raises:
         ValueError: If they are less than one step in this run.
     """
-    steps = 0 if refresh is None else refresh.steps(run, f"{where}: refresh")
+    steps = 0 if refresh is None else max(refresh.steps(run, f"{where}: refresh"), int(run.debug))
     if refresh is not None and steps < 1:
         raise ValueError(f"{where}: refresh={str(refresh)!r} is less than a step in this run.")
     return steps

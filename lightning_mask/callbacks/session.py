@@ -83,7 +83,8 @@ class Session:
         total = self.trainer.estimated_stepping_batches
         batches = self.trainer.num_training_batches
         per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
-        return Run(total if total > 0 else math.inf, per_epoch)
+        debug = bool(getattr(self.trainer, "fast_dev_run", False))
+        return Run(total if total > 0 else math.inf, per_epoch, debug)
 
     def context(self, selection_seed: int, batches: int) -> Context:
         """Return what a criterion may look at."""

@@ -35,10 +35,12 @@ class Run:
     Attributes:
         total_steps: Optimizer steps of the whole run; ``inf`` when it has no end.
         steps_per_epoch: Optimizer steps of an epoch; ``inf`` when unknown.
+        debug: Whether it is cut short on purpose (``fast_dev_run``), so that moments beyond its end are no mistake.
     """
 
     total_steps: float
     steps_per_epoch: float
+    debug: bool = False
 
 
 @dataclass(frozen=True)

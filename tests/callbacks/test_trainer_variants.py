@@ -1,0 +1,216 @@
+"""Whatever the Trainer is asked to do: several fits, debug runs, no logger, streams; what is logged; whether it held."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from mask_nets import Net, Stream, Watch, changed, fit, loader, moved, names, trainer, weights
+from torch.utils.data import DataLoader
+
+from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask.callbacks import RunReport
+
+
+def all_three() -> list[Any]:
+    return [
+        FreezeMask(["head", "blocks"]),
+        PruneMask(0.5, scope="blocks.*.lin.weight", every="10%"),
+        PhaseUnfreeze([Phase("30%", train=["head", "blocks.*.lin"], warmup="10%"), Phase("60%"), Phase(lr_scale=0.5)]),
+    ]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one step": {"fast_dev_run": True},
+    "three steps": {"fast_dev_run": 3},
+    "barebones": {"barebones": True, "max_epochs": 2},
+    "few batches": {"limit_train_batches": 2, "limit_val_batches": 1},
+    "one batch": {"limit_train_batches": 1, "max_epochs": 1},
+    "no validation": {"limit_val_batches": 0},
+    "often validated": {"val_check_interval": 2},
+    "overfit": {"overfit_batches": 2},
+    "by steps": {"max_steps": 11},
+    "sanity check": {"num_sanity_val_steps": 1},
+    "clipped": {"gradient_clip_val": 0.1},
+    "anomalies": {"detect_anomaly": True},
+    "bf16": {"precision": "bf16-mixed"},
+    "profiled": {"profiler": "simple"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_of_any_length_works_and_holds(variant: str) -> None:
+    net = Net("batch", dropout=0.1)
+    before = weights(net)
+    callbacks = all_three()
+    if variant == "one batch":
+        callbacks[1] = PruneMask(0.5, scope="blocks.*.lin.weight", every="10%", end="100%")
+    fit(net, *callbacks, val=True, **VARIANTS[variant])
+    assert changed(before, weights(net)) <= names(net, "head", "blocks")
+    assert "head.weight" in changed(before, weights(net))
+    zeros = sum(int((block.lin.weight == 0).sum()) for block in net.blocks)
+    assert zeros in (0, 144) if variant in ("one step", "three steps", "one batch") else zeros == 144
+
+
+def test_a_debug_run_takes_moments_in_steps_that_it_never_reaches() -> None:
+    phases = PhaseUnfreeze([Phase("500 steps", train="head"), Phase(train="stem")])
+    prune = PruneMask(0.5, start="100 steps", end="900 steps", every="100 steps")
+    refreshed = FreezeMask(score="random", density=0.5, refresh="10%")
+    fit(Net(), phases, prune, refreshed, fast_dev_run=True)
+    with pytest.raises(ValueError, match=r"end='900 steps' is step 900, and the run has 16; end the ramp earlier"):
+        fit(Net(), PruneMask(0.5, start="100 steps", end="900 steps", every="100 steps"))
+
+
+def test_a_stream_without_a_length() -> None:
+    for callbacks in (
+        [FreezeMask("head", score="gradient", density=0.1, batches=3)],
+        [PruneMask(0.5, start="2 steps", end="6 steps", every="2 steps")],
+        [PhaseUnfreeze([Phase("5 steps", train="head"), Phase("1 epochs", train="stem"), Phase()])],
+        all_three(),
+    ):
+        run = trainer(*callbacks, max_steps=12, max_epochs=-1)
+        run.fit(Net(), DataLoader(Stream(), batch_size=8))
+        assert run.global_step == 12
+
+
+def test_several_fits_in_a_row_begin_anew() -> None:
+    net = Net()
+    freeze = FreezeMask("head", score="random", density=0.5, refresh="3 steps")
+    phases = PhaseUnfreeze([Phase("4 steps", train="blocks.1"), Phase()])
+    prune = PruneMask(0.5, scope="head.weight", start="6 steps", schedule="constant")
+    first: list[Any] = []
+    for attempt in range(3):
+        net, watch = Net(), Watch()
+        fit(net, freeze, phases, prune, watch)
+        first.append((watch.weights, phases.history, freeze.masks.hash()))
+        assert not changed(first[0][0][-1], first[attempt][0][-1])
+        assert first[0][1:] == first[attempt][1:]
+    run = trainer(freeze, phases, prune, max_epochs=1)
+    run.fit(net, loader())
+    before = weights(net)
+    run.fit_loop.max_epochs = 3
+    run.fit(net, loader())  # the same Trainer goes on counting its steps
+    assert run.global_step == 24
+    held = ~freeze.masks["stem.weight"]
+    assert changed(before, weights(net))
+    assert held.shape == net.stem.weight.shape
+    assert int((net.head.weight == 0).sum()) == 12
+
+
+def test_a_fit_after_a_failed_one_works() -> None:
+    class Fails(Watch):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise RuntimeError("no more")
+
+    net, freeze = Net(), FreezeMask("head", score="random", density=0.2)
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(net, freeze, Fails())
+    assert all(p.requires_grad for p in net.parameters())
+    before = weights(net)
+    fit(net, freeze)
+    where = moved(before, weights(net))
+    assert not any(bool((where[n] & ~m).any()) for n, m in freeze.masks.items())
+
+
+def test_validate_test_and_predict_with_and_without_a_fit() -> None:
+    net = Net(value=lambda _: 1.0)
+    before = weights(net)
+    callbacks = [
+        FreezeMask("head"),
+        PruneMask(0.5, scope="head.weight"),
+        PhaseUnfreeze([Phase({"monitor": "val/score", "patience": 5}, train="head"), Phase()]),
+        RunReport(),
+    ]
+    run = trainer(*callbacks)
+    run.validate(net, loader(16), verbose=False)
+    run.test(net, loader(16), verbose=False)
+    assert len(run.predict(net, loader(16))) == 2
+    assert not changed(before, weights(net))
+    run.fit(net, loader(), loader(16))
+    after, waited = weights(net), callbacks[2].own_state()["progress"]["waited"]
+    for _ in range(6):
+        run.validate(net, loader(16), verbose=False)
+    run.test(net, loader(16), verbose=False)
+    run.predict(net, loader(16))
+    assert not changed(after, weights(net))
+    assert callbacks[2].own_state()["progress"]["waited"] == waited == 1
+    assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_logged(accumulate: int, tmp_path: Path) -> None:
+    net = Net()
+    phases = PhaseUnfreeze([Phase("3 steps", train="head"), Phase(train=["head", "stem"])])
+    prune = PruneMask(0.5, scope="stem.weight", start="5 steps", schedule="constant")
+    logger = CSVLogger(str(tmp_path), name="", version="")
+    steps = 8
+    fit(
+        net,
+        phases,
+        prune,
+        max_steps=steps,
+        logger=logger,
+        log_every_n_steps=1,
+        accumulate_grad_batches=accumulate,
+    )
+    rows = [r for r in csv.DictReader(Path(tmp_path, "metrics.csv").open()) if r.get("mask/active")]
+    by_step = {int(r["step"]): r for r in rows}
+    assert set(by_step) == set(range(steps))
+    for step, row in by_step.items():
+        active = 26 if step < 3 else 26 + 108 if step <= 5 else 26 + 108 - 48
+        total = sum(p.numel() for p in net.parameters())
+        assert float(row["mask/active"]) == active, step
+        assert float(row["mask/density"]) == pytest.approx(active / total)
+        assert float(row["mask/phase"]) == (step >= 3)
+        assert float(row["mask/sparsity"]) == (0.0 if step <= 5 else 0.5)
+
+
+@pytest.mark.parametrize("what", ["whole", "whole after a phase", "part", "nothing"])
+def test_the_report_finds_a_change_behind_our_back(what: str) -> None:
+    class Tamper(Watch):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            if what == "part":
+                pl_module.head.weight.data[0, 0] += 1
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if what == "whole" and trainer.global_step == 2:
+                pl_module.stem.weight.data[3, 3] += 1
+            if what == "whole after a phase" and trainer.global_step == 2:
+                pl_module.stem.bias.data[:2] += 1
+
+    net, report = Net(), RunReport()
+    ours: Any = FreezeMask(score="random", density=1, scope="head.weight")
+    if what == "whole after a phase":
+        ours = PhaseUnfreeze([Phase("5 steps", train="head"), Phase()])
+    if what == "part":
+        ours = FreezeMask(score="magnitude", density=1, scope="head.weight")
+    fit(net, ours, Tamper(), report)
+    expected = {"whole": 1, "whole after a phase": 2, "part": 1, "nothing": 0}[what]
+    assert report.results()["held_changed"] == expected
+
+
+def test_the_report_raises_no_false_alarm() -> None:
+    scores = [3.0, 1.0, 2.0, 4.0, 0.0, 0.0]
+    net, report = Net(value=lambda epoch: scores[epoch]), RunReport("out")
+    until = {"monitor": "val/score", "patience": 2}
+    phases = PhaseUnfreeze(
+        [
+            Phase(until, score="random", density=0.5, refresh="3 steps", restore_best=True),
+            Phase(train="stem"),
+        ]
+    )
+    prune = PruneMask(0.5, scope="stem.weight", start="9 steps", end="11 steps", every="1 steps", rewind="1 steps")
+    fit(net, phases, prune, report, val=True, max_epochs=6, limit_train_batches=2)
+    facts = report.results()
+    assert facts["held_changed"] == 0
+    assert facts["held_checked"] > 300
+    assert facts["sparsity"] == 0.5
+    assert [entry["step"] for entry in facts["phases"]] == [0, 8]
+    from lightning_mask import MaskSet
+
+    saved = MaskSet.load("out/masks.safetensors")
+    assert saved.count() == facts["active"]
+    assert torch.equal(saved["stem.weight"], prune.masks["stem.weight"])
