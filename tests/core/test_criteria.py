@@ -57,8 +57,7 @@ def test_by_hand(score: str, weight: list[list[float]], bias: list[float]):
 def test_gradients_batch_by_batch_by_hand():
     model = unit()
     found = [
-        (g["weight"].tolist(), g["bias"].tolist())
-        for g in context(model).gradients(dict(model.named_parameters()))
+        (g["weight"].tolist(), g["bias"].tolist()) for g in context(model).gradients(dict(model.named_parameters()))
     ]
     assert found == GRADIENTS
 

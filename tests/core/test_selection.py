@@ -1,0 +1,280 @@
+import math
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_mask.core import Context, MaskSet, Selection, allocation, structures
+from lightning_mask.core.allocation import Budget, share
+from lightning_mask.core.selection import choose, n_of_m, select
+
+# Allocations.
+
+SHAPES = {"a": (4, 5), "b": (3, 2, 2), "c": (7,), "d": (10, 10)}
+SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
+
+
+def test_a_share_rounds_half_up():
+    assert [share(f, 10) for f in (0.0, 0.04, 0.05, 0.25, 0.35, 1.0)] == [0, 0, 1, 3, 4, 10]
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        (Budget(0.25), 35),  # floor(34.75 + 0.5)
+        (Budget(0.25, removed=True), 139 - 35),
+        (Budget(1), 1),  # one entry
+        (Budget(1.0), 139),  # all of them
+        (Budget(139), 139),
+        (Budget(0.0, removed=True), 139),
+    ],
+)
+def test_global_is_one_group_over_the_whole_scope(budget: Budget, kept: int):
+    assert allocation.get("global")(SHAPES, budget) == [(["a", "b", "c", "d"], kept)]
+
+
+def test_uniform_gives_each_tensor_its_own_share():
+    groups = allocation.get("uniform")(SHAPES, Budget(0.25))
+    assert groups == [(["a"], 5), (["b"], 3), (["c"], 2), (["d"], 25)]
+    pruned = allocation.get("uniform")(SHAPES, Budget(0.25, removed=True))
+    assert pruned == [(["a"], 15), (["b"], 9), (["c"], 5), (["d"], 75)]
+
+
+def test_uniform_with_a_number_gives_largest_remainders():
+    # 50 of 139: shares 7.19, 4.32, 2.52, 35.97; the floors make 48; the largest remainders are d and c
+    assert allocation.get("uniform")(SHAPES, Budget(50)) == [(["a"], 7), (["b"], 4), (["c"], 3), (["d"], 36)]
+
+
+def test_erk_by_hand():
+    # (4, 5): raw density 9/20, (10, 10): 20/100, so the entries kept are in the ratio 9 : 20; of 58 they get 18 and 40
+    shapes = {"a": (4, 5), "d": (10, 10)}
+    assert allocation.get("erk")(shapes, Budget(58)) == [(["a"], 18), (["d"], 40)]
+    # of 87 the first would get 27 of its 20: it is kept whole, and the other gets 67
+    assert allocation.get("erk")(shapes, Budget(87)) == [(["a"], 20), (["d"], 67)]
+    # a convolution counts its kernel: (3, 2, 2): 7/12; a vector of 7: 7/7; in the ratio 7 : 7
+    assert allocation.get("erk")({"b": (3, 2, 2), "c": (7,)}, Budget(6)) == [(["b"], 3), (["c"], 3)]
+    # 29 * 0.5 = 14.5 -> 15 of 29: 9 : 20 of 15 is 4.66 and 10.34
+    assert allocation.get("erk")(shapes, Budget(15)) == [(["a"], 5), (["d"], 10)]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 12), max_size=4), min_size=1, max_size=6),
+    st.floats(0, 1),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_counts_add_up_exactly_and_fit(shapes: list[list[int]], fraction: float, removed: bool, as_number: bool):
+    named = {f"t{i}": tuple(shape) for i, shape in enumerate(shapes)}
+    sizes = {name: math.prod(shape) for name, shape in named.items()}
+    n = sum(sizes.values())
+    budget = Budget(share(fraction, n) if as_number else fraction, removed)
+    for name, allocate in allocation.ALLOCATIONS.items():
+        groups = allocate(named, budget)
+        assert sorted(x for names, _ in groups for x in names) == sorted(named)
+        assert all(0 <= kept <= sum(sizes[x] for x in names) for names, kept in groups), (name, groups)
+        if name != "uniform" or as_number:
+            assert sum(kept for _, kept in groups) == budget.keep(n), name
+
+
+def test_more_entries_than_there_are_is_refused():
+    for name in allocation.ALLOCATIONS:
+        with pytest.raises(ValueError, match="140 entries were asked for and the scope has 139"):
+            allocation.get(name)(SHAPES, Budget(140))
+    with pytest.raises(ValueError, match=r"'erc' is unknown; there are erk, global, uniform"):
+        allocation.get("erc")
+
+
+# Structures.
+
+
+def test_rows_are_output_units():
+    row = structures.get("row")
+    score = torch.arange(24.0).view(2, 3, 2, 2)
+    assert row.units((2, 3, 2, 2)) == 2
+    assert row.reduce(score).tolist() == [5.5, 17.5]
+    mask = row.expand(torch.tensor([False, True]), (2, 3, 2, 2))
+    assert mask.shape == score.shape
+    assert not mask[0].any()
+    assert mask[1].all()
+    assert row.units((5,)) == 5
+    assert row.reduce(torch.arange(5.0)).tolist() == [0, 1, 2, 3, 4]
+    assert row.expand(torch.tensor([True]), ()).tolist() is True
+
+
+def test_a_tensor_is_one_unit():
+    tensor = structures.get("tensor")
+    assert tensor.units((4, 5)) == 1
+    assert tensor.reduce(torch.arange(4.0).view(2, 2)).tolist() == [1.5]
+    assert tensor.expand(torch.tensor([True]), (2, 2)).tolist() == [[True, True], [True, True]]
+    assert tensor.expand(torch.tensor([True]), ()).tolist() is True
+
+
+def test_an_unknown_structure_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match=r"'rows' is unknown; there are .*entry.*row.*tensor"):
+        structures.get("rows")
+
+
+def test_rows_of_different_widths_come_nearest_to_the_budget():
+    scores = {"wide": torch.tensor([[9.0] * 10, [1.0] * 10]), "thin": torch.tensor([[8.0] * 2, [7.0] * 2, [0.0] * 2])}
+    cases = ((14, [1, 0], [1, 1, 0]), (12, [1, 0], [1, 0, 0]), (1, [1, 0], [0, 0, 0]), (26, [1, 1], [1, 1, 1]))
+    for keep, wide, thin in cases:
+        masks = choose(scores, Budget(keep), "row", "global")
+        assert masks["wide"].all(1).tolist() == [bool(x) for x in wide], keep
+        assert masks["thin"].all(1).tolist() == [bool(x) for x in thin], keep
+
+
+def test_whole_rows_of_one_width():
+    score = torch.tensor([[0.0, 9.0], [5.0, 5.0], [4.0, 4.0], [0.0, 0.0]])  # means 4.5, 5, 4, 0
+    masks = choose({"w": score}, Budget(0.5), "row", "global")
+    assert masks["w"].tolist() == [[True, True], [True, True], [False, False], [False, False]]
+    masks = choose({"w": score}, Budget(1), "row", "global")
+    assert masks["w"].tolist() == [[False, False], [True, True], [False, False], [False, False]], "at least one unit"
+
+
+def test_n_of_m_along_the_input_dimension():
+    score = torch.tensor([[1.0, 4.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 1.0, 8.0, 7.0, 6.0, 9.0]])
+    mask = n_of_m({"w": score}, 2, 4)["w"]
+    assert mask.int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0], [1, 0, 0, 1, 1, 0, 0, 1]]
+    conv = torch.randn(3, 2, 2, 2).contiguous(memory_format=torch.channels_last)
+    mask = n_of_m({"w": conv}, 1, 4)["w"]
+    assert mask.reshape(3, 2, 4).sum(2).tolist() == [[1, 1]] * 3
+    with pytest.raises(ValueError, match=r"w of shape \(2, 6\) has an input width of 6, which is not divisible by 4"):
+        n_of_m({"w": torch.zeros(2, 6)}, 2, 4)
+    with pytest.raises(ValueError, match="b of shape"):
+        n_of_m({"b": torch.zeros(8)}, 2, 4)
+
+
+# Selection.
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(6, 8)
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.scale = nn.Parameter(torch.tensor(0.25))
+        self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
+        self.integers = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.head = nn.Linear(8, 2)
+        self.tied = nn.Linear(6, 8, bias=False)
+        self.tied.weight = self.body.weight
+
+
+NET = Net()
+
+
+def chosen(selection: Selection, model: nn.Module = NET) -> MaskSet:
+    return select(selection, model, Context(model))
+
+
+def test_every_parameter_gets_a_mask_of_its_shape():
+    for selection in (Selection("head"), Selection("head", "magnitude", 0.5), Selection(mask=MaskSet({}))):
+        masks = chosen(selection)
+        assert {n: m.shape for n, m in masks.items()} == {n: p.shape for n, p in NET.named_parameters()}
+
+
+def test_train_and_score_add_up():
+    masks = chosen(Selection(["head", "scale"], "magnitude", 0.25, scope=["tied", "head.bias"]))
+    assert masks["head.weight"].all()
+    assert masks["head.bias"].all(), "what train names is not ranked"
+    assert masks["scale"].all()
+    assert int(masks["body.weight"].sum()) == 12
+    assert not masks["body.bias"].any()
+    magnitude = NET.body.weight.detach().abs()
+    assert magnitude[masks["body.weight"]].min() >= magnitude[~masks["body.weight"]].max()
+
+
+def test_the_default_scope_is_what_trains_and_train_does_not_name():
+    assert Selection("head", "magnitude", 0.5).scope_names(NET) == ["scale", "body.weight", "body.bias"]
+    assert chosen(Selection("head", "magnitude", 1.0)).count() == 1 + 48 + 8 + 18
+    assert Selection(None, "magnitude", 0.5).scope_names(NET, trainable={"frozen", "head.bias"}) == [
+        "frozen",
+        "head.bias",
+    ]
+
+
+@pytest.mark.parametrize("structure", ["entry", "row", "tensor"])
+@pytest.mark.parametrize("allocated", ["global", "uniform", "erk"])
+def test_a_scope_with_awkward_shapes(structure: str, allocated: str):
+    scope = ["*", "!integers"]
+    masks = chosen(Selection(None, "magnitude", 0.5, scope=scope, structure=structure, allocation=allocated))
+    assert masks["empty"].shape == (0, 4)
+    assert 0 < masks.count() < masks.numel()
+
+
+def test_the_count_is_exact():
+    for density, count in ((1, 1), (7, 7), (75, 75), (0.001, 0), (0.013, 1), (0.5, 38), (1.0, 75)):
+        assert chosen(Selection(None, "magnitude", density)).count() == count
+    with pytest.raises(ValueError, match="81 entries were asked for and the scope has 75"):
+        chosen(Selection(None, "magnitude", 81))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Selection(score="magnitude", density=0.0), "density=0.0"),
+        (lambda: Selection(score="magnitude", density=1.5), "density=1.5"),
+        (lambda: Selection(score="magnitude", density=0), "density=0"),
+        (lambda: Selection(score="magnitude", density=-3), "density=-3"),
+        (lambda: Selection(score="magnitude", density=True), "density=True"),
+        (lambda: Selection(score="magnitude", density="10%"), "density='10%'"),
+        (lambda: Selection(score="magnitude", density=float("nan")), "density=nan"),
+        (lambda: Selection(score="magnitude"), "density=None"),
+        (lambda: Selection(density=0.5), "give score="),
+        (lambda: Selection("head", scope="body"), "give score="),
+        (lambda: Selection(score="magnitude", density=0.5, mask="x"), "exclude each other"),
+        (lambda: Selection(score="nothing", density=0.5), "'nothing' is unknown"),
+        (lambda: Selection("head", structure="entries"), "structure='entries'"),
+        (lambda: Selection("head", allocation="all"), "allocation='all'"),
+        (lambda: Selection("head", batches=0), "batches=0"),
+        (lambda: Selection(""), "non-empty string"),
+        (lambda: chosen(Selection("hed")), "train: the pattern 'hed' matches no parameter"),
+        (lambda: chosen(Selection("head", "magnitude", 0.5, scope="boddy")), "scope: the pattern 'boddy'"),
+        (lambda: chosen(Selection("*", "magnitude", 0.5)), "nothing is left to rank"),
+        (lambda: chosen(Selection(None, "magnitude", 0.5, scope="empty")), "nothing is left to rank"),
+        (lambda: chosen(Selection(None, "magnitude", 0.5, scope="*")), "integers is of dtype torch.int64"),
+        (lambda: chosen(Selection(mask="missing.safetensors")), "missing.safetensors"),
+        (lambda: chosen(Selection(mask=MaskSet({"other": torch.ones(2)}))), "no parameter 'other'"),
+        (
+            lambda: chosen(Selection(mask=MaskSet({"head.bias": torch.ones(3)}))),
+            r"head.bias has shape \(3,\) there and \(2,\)",
+        ),
+    ],
+)
+def test_bad_recipes_are_refused(make: Callable[[], object], says: str):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        make()
+
+
+def test_check_finds_without_data_what_select_would():
+    for selection in (Selection("hed"), Selection(None, "fisher", 500), Selection("*", "fisher", 0.5)):
+        with pytest.raises(ValueError):  # noqa: PT011
+            selection.check(NET)
+    Selection("head", "fisher", 0.5).check(NET)
+
+
+def test_the_recipe_is_plain_and_says_how_the_mask_came_about():
+    import json
+
+    def mine(params: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+        return {n: p.detach() for n, p in params.items()}
+
+    recipe = chosen(Selection("head", mine, 0.5, scope=["body", "scale"])).recipe
+    assert json.loads(json.dumps(recipe)) == recipe
+    assert recipe["train"] == ["head"]
+    assert recipe["score"].endswith("mine")
+    assert recipe["density"] == 0.5
+    assert recipe["scope"] == ["body", "scale"]
+
+
+def test_a_given_mask_is_added_to_train():
+    given = MaskSet({"body.bias": torch.tensor([True, False] * 4), "head.bias": torch.zeros(2)})
+    masks = chosen(Selection("head", mask=given))
+    assert torch.equal(masks["body.bias"], given["body.bias"])
+    assert masks["head.bias"].all()
+    assert not masks["body.weight"].any()
