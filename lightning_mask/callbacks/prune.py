@@ -145,7 +145,8 @@ class PruneMask(MaskCallback):
                 "or train longer."
             )
         last = int(min(end, run.total_steps - 1))  # an update needs a step after it
-        self._steps = (min(start, last), last, every)
+        beyond = run.debug and start > run.total_steps
+        self._steps = (start, end, every) if beyond else (min(start, last), last, every)
 
     def begin(self, session: Session) -> None:
         """Start from nothing pruned, unless a checkpoint brought masks."""

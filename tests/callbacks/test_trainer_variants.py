@@ -156,7 +156,8 @@ def test_what_is_logged(accumulate: int, tmp_path: Path) -> None:
         log_every_n_steps=1,
         accumulate_grad_batches=accumulate,
     )
-    rows = [r for r in csv.DictReader(Path(tmp_path, "metrics.csv").open()) if r.get("mask/active")]
+    lines = Path(tmp_path, "metrics.csv").read_text().splitlines()
+    rows = [r for r in csv.DictReader(lines) if r.get("mask/active")]
     by_step = {int(r["step"]): r for r in rows}
     assert set(by_step) == set(range(steps))
     for step, row in by_step.items():
