@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mask.core.holders import Holder, make_holder
 from lightning_mask.core.maskset import MaskSet, active
-from lightning_mask.core.optimizers import RateFactors, moves_without_gradient, parameters_of, reset_state
+from lightning_mask.core.optimizers import RateFactors, begin_state, moves_without_gradient, parameters_of, reset_state
 from lightning_mask.core.patterns import aliases
 
 ENGINES = ("auto", "dense")
@@ -239,8 +239,8 @@ class MaskEngine:
             elif not trains and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            for owner in owners if not trains else []:
-                reset_state(owner, parameter)
+            for owner in owners:
+                begin_state(owner, parameter) if trains else reset_state(owner, parameter)
             partly = 0 < count < parameter.numel()
             if partly or (not trains and any(moves_without_gradient(owner) for owner in owners)):
                 self._holders[name] = make_holder(parameter.data, mask.to(parameter.device), count)

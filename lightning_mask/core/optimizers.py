@@ -56,6 +56,19 @@ def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None 
             value.zero_()
 
 
+def begin_state(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Make the state of a tensor that joins others in mid-training, where the optimizer does not by itself.
+
+    Fused SGD takes momentum buffers for all tensors or for none; a buffer of zeros gives the first step that a missing
+    one gives (with dampening, the first step is damped).
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or not optimizer.state or optimizer.state.get(parameter):
+        return
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if group.get("fused") and group["momentum"] and any("momentum_buffer" in s for s in optimizer.state.values()):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 class RateFactors:
     """Multiplies the learning rate of single tensors for the length of a step, without changing the param groups.
 
