@@ -1,0 +1,131 @@
+"""Several processes, one job: what Lightning's DDP launcher needs under Hydra, and the check that all ranks agree."""
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any
+
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+RUN = "LIGHTNING_MASK_RUN"
+_LAUNCHER_SETS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Not for a child: it runs the one job that it is given, whatever the sweep was.
+_OF_THE_SWEEP = (
+    "hydra.sweep",
+    "hydra.mode",
+    "hydra.run.",
+    "hydra.job.",
+    "hydra.output_subdir",
+    "hydra/sweeper",
+    "hydra/launcher",
+    "hydra.launcher",
+)
+
+
+@contextmanager
+def one_job() -> Iterator[None]:
+    """Run one job so that the processes Lightning starts for it run the same one, and leave nothing behind for the next.
+
+    Lightning starts the other ranks with this process's command line. In a sweep that is the command of the whole sweep:
+    each rank would draw hyper-parameters of its own. Here the command line is, while the job runs, the job's own. Afterwards
+    the process group is closed and the variables that the launcher set are taken back, else the next job of a sweep would
+    believe that its ranks are there already.
+    """
+    argv, environment = sys.argv, {name: os.environ.get(name) for name in (*_LAUNCHER_SETS, "OMP_NUM_THREADS")}
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        config: Any = HydraConfig.get()
+        with read_write(config), open_dict(config):
+            config.run.dir = config.runtime.output_dir
+        sys.argv = job_command(argv, config.job.config_name, config.overrides.task, config.overrides.hydra)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def job_command(argv: Sequence[str], config_name: str, task: Sequence[str], hydra: Sequence[str]) -> list[str]:
+    """Return the command line of one job of a sweep.
+
+    Args:
+        argv: Command line of the sweep.
+        config_name: Name of the root config.
+        task: The job's overrides.
+        hydra: The sweep's overrides of Hydra itself; those about the sweep are left out.
+
+    Example:
+        >>> job_command(["train.py", "-m", "seed=1,2", "hydra.verbose=true"], "train", ["seed=1"], ["hydra.verbose=true"])
+        ['train.py', '--config-name=train', 'seed=1', 'hydra.verbose=true', 'hydra.mode=RUN']
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-path", "-cp")
+    given, _ = parser.parse_known_args(list(argv[1:]))
+    places = [f"--{name.replace('_', '-')}={value}" for name, value in vars(given).items() if value is not None]
+    kept = [override for override in hydra if not override.lstrip("+~").startswith(_OF_THE_SWEEP)]
+    return [argv[0], f"--config-name={config_name}", *places, *task, *kept, "hydra.mode=RUN"]
+
+
+def agree_on_run() -> None:
+    """Give all ranks of torchrun, and all tries of a requeued Slurm job, one folder: each would stamp its own time otherwise.
+
+    Sets ``LIGHTNING_MASK_RUN`` unless it is set.
+    """
+    if RUN in os.environ:
+        return
+    if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        os.environ[RUN] = f"job-{os.environ['SLURM_JOB_ID']}"
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=1))
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+        os.environ[RUN] = store.compare_set("lightning_mask/run", "", stamp).decode()
+
+
+def digest(cfg: DictConfig) -> str:
+    """Return a hash of a composed config, without the paths, which may differ among machines."""
+    content = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(content, dict)
+    content.pop("paths", None)
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+class SameConfig(Callback):
+    """Refuse to run when the ranks composed different configs, as they do when a sweeper runs once per rank.
+
+    Args:
+        cfg: The composed config of this rank.
+
+    Raises:
+        ValueError: On every rank, before the model is touched.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._digest = digest(cfg)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare with the other ranks."""
+        if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+            return
+        digests: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(digests, self._digest)
+        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if others:
+            raise ValueError(
+                f"Ranks {', '.join(map(str, others))} composed another config than rank 0: a sweep was started once per "
+                "rank. Give the sweeper a seed, or start the sweep without torchrun or srun."
+            )

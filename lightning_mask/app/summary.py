@@ -1,0 +1,124 @@
+"""What is left of a run: ``summary.json`` and the table at its end."""
+
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+import lightning_mask
+
+
+def summarise(
+    cfg: DictConfig,
+    *,
+    metrics: dict[str, float],
+    mask: dict[str, Any],
+    seconds: dict[str, float],
+    tested: str | None,
+    world_size: int,
+) -> dict[str, Any]:
+    """Return the facts of a run as plain values.
+
+    Args:
+        cfg: The composed config.
+        metrics: Figures by name.
+        mask: What :meth:`lightning_mask.callbacks.RunReport.results` returned; may be empty.
+        seconds: Wall-clock seconds by part of the run.
+        tested: Which weights were tested; None: none.
+        world_size: Number of processes.
+    """
+    return {
+        "task_name": cfg.task_name,
+        "tags": OmegaConf.to_container(cfg.tags),
+        "seed": cfg.seed,
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
+        "metrics": metrics,
+        "tested": tested,
+        "mask": mask,
+        "seconds": seconds,
+        "world_size": world_size,
+        "ckpt_path": cfg.ckpt_path,
+        "versions": {
+            "lightning_mask": lightning_mask.__version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all; figures that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(_finite(content), file, indent=2, allow_nan=False, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Print the table at the end of a run.
+
+    Args:
+        summary: What :func:`summarise` returned.
+        folder: The run's folder.
+    """
+    table = Table(title="The run", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    figures = summary["metrics"]
+    shown = [name for name in figures if name.startswith("test/")] or [n for n in figures if n.startswith("val/")]
+    for name in shown:
+        table.add_row(name, f"{figures[name]:.4f}")
+    if summary["tested"] is not None:
+        table.add_row("tested weights", summary["tested"])
+    mask = summary["mask"]
+    if mask:
+        table.add_row("active entries", f"{mask['active']:,} of {mask['total']:,} ({mask['density']:.2%})")
+        if mask.get("sparsity") is not None:
+            table.add_row("sparsity", f"{mask['sparsity']:.4%} of what may be pruned")
+        table.add_row("held entries changed", f"{mask['held_changed']:,} of {mask['held_checked']:,}")
+        for phase in mask["phases"]:
+            name = phase.get("name") or phase.get("phase")
+            table.add_row("phase", f"{name} from step {phase['step']}: {phase['reason']}")
+        table.add_row("steps", f"{mask['steps']:,}")
+        table.add_row("seconds per step", f"{mask['seconds_per_step']:.3f}")
+    table.add_row("seconds", ", ".join(f"{part} {value:.0f}" for part, value in summary["seconds"].items()))
+    if summary["world_size"] > 1:
+        table.add_row("processes", str(summary["world_size"]))
+    table.add_row("folder", _short(folder))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _short(folder: Path) -> str:
+    try:
+        return str(folder.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(folder)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,219 @@
+"""Train by mask from a composed config: `lightning-mask-train`, `python -m lightning_mask.app.train`, or `train(cfg)`."""
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig
+
+from lightning_mask.app import errors
+from lightning_mask.app.launch import SameConfig, agree_on_run, one_job
+from lightning_mask.app.summary import print_summary, summarise, write_json
+from lightning_mask.callbacks import PruneMask, RunReport
+
+# What Lightning says of every run of this kind, and nobody can act on.
+_CHATTER = (
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "💡 Tip",
+    "`Trainer.fit` stopped",
+    "Restor",  # train() says it, once
+    "Loaded model weights",
+)
+_IGNORED = (
+    r".*does not have many workers.*",
+    r".*is not empty.*",
+    r".*number of training batches.*smaller than the logging interval.*",
+    r".*exists and is not empty.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+)
+_WORDS_FOR_A_CHECKPOINT = ("last", "best", "hpc", "registry")
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Do one run: fit, test, write ``summary.json`` into the run's folder, print the table.
+
+    Args:
+        cfg: The composed root config (``conf/train.yaml``).
+
+    Returns:
+        The last figures of training, validation and test by name, e.g. ``{"test/accuracy": 0.75}``.
+
+    Raises:
+        ValueError: If a value of the config is out of range, or parts do not go together.
+        FileNotFoundError: If ``ckpt_path`` or a file of the data is missing.
+    """
+    started = time.time()
+    _quieten()
+    _check(cfg)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data: LightningDataModule = instantiate(cfg.data)
+    model = _model(cfg, data)
+    callbacks = _callbacks(cfg)
+    trainer = _trainer(cfg, [SameConfig(cfg), *callbacks])
+
+    facts: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    weights = None
+    if cfg.train:
+        since = time.time()
+        if cfg.ckpt_path is not None:
+            rank_zero_info(f"going on from {cfg.ckpt_path}")
+        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+        seconds["fit"] = time.time() - since
+        metrics |= _floats(trainer.callback_metrics)
+        report = next((c for c in callbacks if isinstance(c, RunReport)), None)
+        facts = report.results() if report is not None else {}
+    if cfg.test:
+        since = time.time()
+        weights, path = _weights_to_test(cfg, callbacks)
+        trainer.test(model, datamodule=data, ckpt_path=path, verbose=False)
+        seconds["test"] = time.time() - since
+        metrics |= _floats(trainer.callback_metrics)
+    seconds["all"] = time.time() - started
+
+    if trainer.is_global_zero:
+        summary = summarise(
+            cfg, metrics=metrics, mask=facts, seconds=seconds, tested=weights, world_size=trainer.world_size
+        )
+        if getattr(model, "confusion_matrix", None):
+            summary["confusion_matrix"] = {"classes": model.class_names, "rows_true": model.confusion_matrix}
+        folder = Path(cfg.paths.output_dir)
+        write_json(folder / "summary.json", summary)
+        print_summary(summary, folder)
+    return metrics
+
+
+def _check(cfg: DictConfig) -> None:
+    errors.check_complete(cfg)
+    if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool):
+        raise ValueError(f"seed={cfg.seed!r} must be a whole number: the data's order and random masks come from it.")
+    if not cfg.train and not cfg.test:
+        raise ValueError("train=false and test=false leave nothing to do.")
+    if not cfg.train and cfg.ckpt_path is None:
+        raise ValueError("train=false tests a checkpoint: give it with ckpt_path=...")
+    path = cfg.ckpt_path
+    if path is None or str(path).startswith(_WORDS_FOR_A_CHECKPOINT) or "://" in str(path):
+        return
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no checkpoint ckpt_path={path}: give an existing one, or ckpt_path=last.")
+
+
+def _model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
+    """Make the model; what it leaves open about the classes comes from the data."""
+    of_text = [str(block.get("_target_", "")).rpartition(".")[2] for block in (cfg.model, cfg.data)]
+    if of_text in (["TextClassifier", "ImageData"], ["ImageClassifier", "TextData"]):
+        raise ValueError(
+            f"{of_text[0]} does not go with {of_text[1]}: choose model=resnet for images, minilm or hf for texts."
+        )
+    open_ones = {}
+    for name in ("num_classes", "class_names"):
+        if name in cfg.model and cfg.model[name] is None:
+            if not hasattr(data, name):
+                raise ValueError(f"model.{name} is null and {type(data).__name__} has no {name}: give model.{name}=...")
+            open_ones[name] = getattr(data, name)
+    if "class_names" in open_ones and cfg.model.get("num_classes") not in (None, len(open_ones["class_names"])):
+        raise ValueError(
+            f"model.num_classes={cfg.model.num_classes}, but the data has {len(open_ones['class_names'])} classes "
+            f"({', '.join(open_ones['class_names'])}): leave model.num_classes=null."
+        )
+    made = instantiate(cfg.model, _partial_=True)(**open_ones)
+    assert isinstance(made, LightningModule)
+    return made
+
+
+def _callbacks(cfg: DictConfig) -> list[Callback]:
+    """Make the mask, then the other callbacks."""
+    blocks: list[tuple[str, Any]] = [("mask", cfg.get("mask"))] if cfg.train else []
+    blocks += [(f"callbacks.{name}", block) for name, block in (cfg.get("callbacks") or {}).items()]
+    made = []
+    for name, block in blocks:
+        if block is None or block.get("_target_") is None:
+            continue
+        callback = instantiate(block)
+        if not isinstance(callback, Callback):
+            raise ValueError(f"{name}._target_={block._target_} does not make a Lightning callback.")
+        made.append(callback)
+    return made
+
+
+def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
+    loggers: list[Logger] = [instantiate(block) for block in (cfg.get("logger") or {}).values() if block is not None]
+    unset = {
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+        "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
+    }
+    chosen = {name: value for name, value in unset.items() if cfg.trainer.get(name) is None}
+    if cfg.trainer.get("barebones"):
+        chosen, callbacks, loggers = {}, [c for c in callbacks if not isinstance(c, Checkpoint | ProgressBar)], []
+    made = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers or False, **chosen)
+    assert isinstance(made, Trainer)
+    return made
+
+
+def _weights_to_test(cfg: DictConfig, callbacks: list[Callback]) -> tuple[str, str | None]:
+    """Return a name for the weights that are tested, and their file; None: those in memory."""
+    if not cfg.train:
+        return str(cfg.ckpt_path), cfg.ckpt_path
+    if any(isinstance(c, PruneMask) for c in callbacks):
+        return "last (while pruning, the best so far may not be pruned yet)", None
+    best = next((c.best_model_path for c in callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path), None)
+    return (f"best: {Path(best).name}", best) if best else ("last", None)
+
+
+def _floats(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}
+
+
+def _quieten() -> None:
+    for pattern in _IGNORED:
+        warnings.filterwarnings("ignore", pattern)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.pytorch"):
+        logger = logging.getLogger(name)
+        if _is_news not in logger.filters:
+            logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_CHATTER)
+
+
+def _job(cfg: DictConfig) -> float | None:
+    """Run one job of the command line; a sweeper that searches gets the figure that it asked for."""
+    with errors.task(), one_job():
+        metrics = train(cfg)
+        wanted = cfg.get("optimized_metric")
+        if wanted is None:
+            return None
+        if wanted not in metrics:
+            raise ValueError(f"optimized_metric={wanted!r} was not logged; there are {', '.join(sorted(metrics))}.")
+        return metrics[wanted]
+
+
+def config_path() -> str:
+    """Return where Hydra finds the configs: the package that a wheel brings, else the folder of the checkout."""
+    if find_spec("lightning_mask.conf") is not None:
+        return "pkg://lightning_mask.conf"
+    return str(Path(__file__).resolve().parents[2] / "conf")
+
+
+def main() -> None:
+    """Run the command line."""
+    agree_on_run()
+    errors.run(hydra.main(version_base="1.3", config_path=config_path(), config_name="train")(_job))
+
+
+if __name__ == "__main__":
+    main()
