@@ -122,12 +122,6 @@ def test_any_number_of_freeze_masks(count: int) -> None:
     assert 0.2 < masks.density() < 0.8
 
 
-def test_one_phase_unfreeze_only() -> None:
-    phases = [PhaseUnfreeze([Phase("2 steps", train="head"), Phase()]), PhaseUnfreeze([Phase(train="stem")])]
-    with pytest.raises((ValueError, RuntimeError), match=r"one PhaseUnfreeze|state_key"):
-        fit(Net(), *phases)
-
-
 @pytest.mark.parametrize("kind", ["freeze", "prune", "phases"])
 def test_a_mask_of_ones_changes_nothing(kind: str) -> None:
     """Every entry active: bit-equal to no callback at all."""
