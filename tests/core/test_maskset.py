@@ -78,7 +78,7 @@ def test_masks_of_different_tensors_or_shapes_are_not_combined():
     ],
 )
 def test_what_is_no_mask_is_refused_by_name(value: object, says: str):
-    with pytest.raises(ValueError, match="layer.weight") as error:
+    with pytest.raises(ValueError, match=r"layer\.weight") as error:
         MaskSet({"layer.weight": value})  # type: ignore[dict-item]
     assert says in str(error.value)
 
