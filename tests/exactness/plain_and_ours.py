@@ -139,7 +139,7 @@ def fit(
     module: L.LightningModule,
     callbacks: list[L.Callback],
     batches: list[Any],
-    setting: Setting = Setting(),  # noqa: B008
+    setting: Setting = Setting(),
     **more: Any,
 ) -> L.Trainer:
     """Train over the batches once, in their order."""
@@ -173,7 +173,7 @@ def reference(
     make_optimizer: MakeOptimizer,
     batches: list[Batch],
     masks: dict[str, Tensor] | None,
-    setting: Setting = Setting(),  # noqa: B008
+    setting: Setting = Setting(),
     free: int = 0,
 ) -> tuple[nn.Module, Any]:
     """Snapshot, mask the gradient, step, restore; the first ``free`` steps without a mask. Trains ``net`` in place.
