@@ -155,10 +155,9 @@ def fit(
         gradient_clip_algorithm=setting.clip_by if setting.clip is not None else None,
         accumulate_grad_batches=setting.accumulate,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{**how, **more},
+        **{"enable_checkpointing": False, **how, **more},
     )
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     return trainer
