@@ -16,6 +16,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 Batch = dict[str, Tensor]
 
+_WINDOW = 32  # slices of the random order that are sorted by length together
+
 
 class ShardSampler(DistributedSampler[int]):
     """The indices one rank reads in one epoch, so dealt that every rank has the same number of batches.
@@ -32,27 +34,52 @@ class ShardSampler(DistributedSampler[int]):
         batch_size: Batch size of one rank.
         world: Number of ranks.
         rank: This rank, from 0.
-        shuffle: Another order in each epoch, from ``seed`` and the epoch; else the order of the data.
+        shuffle: Another order in each epoch, from ``seed`` and the epoch; else always the same.
         seed: Seed of the order.
+        lengths: Length of each example, [n]: examples of like length then come together, so that little is padded. When
+            training, this sorts within every 32 slices of the random order and then mixes the slices; else, all.
     """
 
-    def __init__(self, dataset: Sized, batch_size: int, *, world: int, rank: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        *,
+        world: int,
+        rank: int,
+        shuffle: bool,
+        seed: int,
+        lengths: Tensor | None = None,
+    ) -> None:
         super().__init__(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.size = len(dataset)
         self.batch_size = batch_size
+        self.lengths = lengths
         self.start = 0  # batches that the next pass leaves out
 
     def __iter__(self) -> Iterator[int]:
-        if not self.shuffle:
-            return iter(
-                range(self.rank + self.start * self.batch_size * self.num_replicas, self.size, self.num_replicas)
-            )
+        order = self._shuffled() if self.shuffle else self._in_order()
+        return iter(order[self.rank :: self.num_replicas][self.start * self.batch_size :].tolist())
+
+    def _in_order(self) -> Tensor:
+        if self.lengths is None:
+            return torch.arange(self.size)
+        return torch.sort(self.lengths, descending=True, stable=True).indices
+
+    def _shuffled(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.size, generator=generator)
+        together = self.batch_size * self.num_replicas
+        whole = self.size // together
+        if self.lengths is not None and whole:
+            slices = []
+            for window in order[: whole * together].split(_WINDOW * together):
+                window = window[torch.sort(self.lengths[window], stable=True).indices]
+                slices += list(window.split(together))
+            shuffled = torch.randperm(whole, generator=generator).tolist()
+            order = torch.cat([*(slices[index] for index in shuffled), order[whole * together :]])
         missing = -self.size % self.num_replicas
-        if missing:
-            order = torch.cat([order, order.repeat(missing // self.size + 1)[:missing]])
-        return iter(order[self.rank :: self.num_replicas][self.start * self.batch_size :].tolist())
+        return torch.cat([order, order.repeat(missing // self.size + 1)[:missing]]) if missing else order
 
     def __len__(self) -> int:
         """Number of indices of this rank in a whole epoch."""
@@ -144,6 +171,7 @@ def train_loader(
     batch_size: int,
     seed: int,
     num_workers: int = 0,
+    lengths: Tensor | None = None,
     trainer: Trainer | None = None,
 ) -> ResumableLoader:
     """Return a loader that shuffles by ``seed`` and the epoch, shares the data among the ranks, and resumes in mid-epoch.
@@ -154,6 +182,7 @@ def train_loader(
         batch_size: Batch size of one rank.
         seed: Seed of the order; use the same on every rank.
         num_workers: Worker processes.
+        lengths: Length of each example, [n]; see :class:`ShardSampler`.
         trainer: Gives the ranks and the number of batches that are done with; without one, there is one rank.
 
     Raises:
@@ -163,7 +192,7 @@ def train_loader(
     if trainer is not None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
         done = lambda: getattr(progress.current, "processed")  # noqa: E731, B009
-    return _loader(dataset, collate, batch_size, True, seed, num_workers, trainer, done)
+    return _loader(dataset, collate, batch_size, True, seed, num_workers, lengths, trainer, done)
 
 
 def eval_loader(
@@ -172,9 +201,10 @@ def eval_loader(
     collate: Callable[[list[Any]], Batch],
     batch_size: int,
     num_workers: int = 0,
+    lengths: Tensor | None = None,
     trainer: Trainer | None = None,
 ) -> ResumableLoader:
-    """Return a loader in the order of the data in which, over all ranks together, every example comes exactly once.
+    """Return a loader in a fixed order in which, over all ranks together, every example comes exactly once.
 
     All ranks have the same number of batches; ``batch_size`` is changed a little where that needs it.
 
@@ -183,12 +213,13 @@ def eval_loader(
         collate: Makes a batch of a list of examples.
         batch_size: Batch size of one rank.
         num_workers: Worker processes.
+        lengths: Length of each example, [n]; see :class:`ShardSampler`.
         trainer: Gives the ranks; without one, there is one.
 
     Raises:
         ValueError: If the dataset has fewer examples than there are ranks, or ``batch_size`` is below 1.
     """
-    return _loader(dataset, collate, batch_size, False, 0, num_workers, trainer, None)
+    return _loader(dataset, collate, batch_size, False, 0, num_workers, lengths, trainer, None)
 
 
 def _loader(
@@ -198,6 +229,7 @@ def _loader(
     shuffle: bool,
     seed: int,
     num_workers: int,
+    lengths: Tensor | None,
     trainer: Trainer | None,
     done: Callable[[], int] | None,
 ) -> ResumableLoader:
@@ -211,7 +243,15 @@ def _loader(
         )
     if not shuffle:
         batch_size = _even_batch_size(size, batch_size, world)
-    sampler = ShardSampler(dataset, batch_size, world=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+    sampler = ShardSampler(
+        dataset,  # type: ignore[arg-type]
+        batch_size,
+        world=world,
+        rank=rank,
+        shuffle=shuffle,
+        seed=seed,
+        lengths=lengths,
+    )
     return ResumableLoader(
         dataset,
         sampler=sampler,

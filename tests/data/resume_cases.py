@@ -33,9 +33,9 @@ def collate(numbers: list[int]) -> Batch:
 
 
 class NumberData(L.LightningDataModule):
-    def __init__(self, workers: int = 0, batch_size: int = 4, peek: bool = False) -> None:
+    def __init__(self, workers: int = 0, batch_size: int = 4, by_length: bool = False) -> None:
         super().__init__()
-        self.workers, self.batch_size, self.peek = workers, batch_size, peek
+        self.workers, self.batch_size, self.by_length = workers, batch_size, by_length
 
     def train_dataloader(self) -> object:
         return train_loader(
@@ -44,6 +44,7 @@ class NumberData(L.LightningDataModule):
             batch_size=self.batch_size,
             seed=3,
             num_workers=self.workers,
+            lengths=torch.arange(43) % 7 if self.by_length else None,
             trainer=self.trainer,
         )
 
@@ -116,7 +117,7 @@ def fit(root: Path, devices: int, ckpt_path: str | None, case: dict, save: bool)
         num_sanity_val_steps=case.get("sanity", 0),
         **case.get("trainer", {}),
     )
-    data = NumberData(case.get("workers", 0), case.get("batch_size", 4))
+    data = NumberData(case.get("workers", 0), case.get("batch_size", 4), case.get("by_length", False))
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return model
 

@@ -52,12 +52,38 @@ def test_every_example_is_evaluated_once_in_equally_many_batches(world: int, bat
         assert even <= max(batch_size, 8)
 
 
-def test_two_ranks_learn_from_the_batches_of_one() -> None:
-    alone = list(ShardSampler(range(64), 8, world=1, rank=0, shuffle=True, seed=5))
-    pair = [list(ShardSampler(range(64), 4, world=2, rank=rank, shuffle=True, seed=5)) for rank in (0, 1)]
+@pytest.mark.parametrize("lengths", [None, torch.arange(64) % 9])
+def test_two_ranks_learn_from_the_batches_of_one(lengths: torch.Tensor | None) -> None:
+    alone = list(ShardSampler(range(64), 8, world=1, rank=0, shuffle=True, seed=5, lengths=lengths))
+    pair = [
+        list(ShardSampler(range(64), 4, world=2, rank=rank, shuffle=True, seed=5, lengths=lengths)) for rank in (0, 1)
+    ]
     for step in range(8):
         together = [number for part in pair for number in part[4 * step : 4 * step + 4]]
         assert sorted(together) == sorted(alone[8 * step : 8 * step + 8])
+
+
+def test_examples_of_like_length_come_together() -> None:
+    lengths = torch.randint(1, 60, (1003,), generator=torch.Generator().manual_seed(0))
+    sampler = ShardSampler(range(1003), 8, world=1, rank=0, shuffle=True, seed=0, lengths=lengths)
+
+    def padded(order: list[int]) -> float:
+        batches = lengths[torch.tensor(order)].split(8)
+        return sum(int(batch.max()) * len(batch) for batch in batches) / int(lengths.sum())
+
+    first = list(sampler)
+    assert sorted(first) == list(range(1003))
+    assert padded(first) < 1.1
+    assert padded(torch.randperm(1003).tolist()) > 1.5
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert {frozenset(second[i : i + 8]) for i in range(0, 1000, 8)} != {
+        frozenset(first[i : i + 8]) for i in range(0, 1000, 8)
+    }
+    longest = [int(lengths[first[i : i + 8]].max()) for i in range(0, 1000, 8)]
+    assert sum(a > b for a, b in zip(longest, longest[1:], strict=False)) > 30  # no run from short to long
+    plain = ShardSampler(range(1003), 8, world=1, rank=0, shuffle=False, seed=0, lengths=lengths)
+    assert padded(list(plain)) < 1.01
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:

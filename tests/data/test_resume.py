@@ -22,7 +22,7 @@ def run(root: Path, devices: int, cases: list[dict]) -> list[str]:
     "case",
     [
         {},
-        {"peek": True},
+        {"peek": True, "by_length": True},
         {"mid_step": True},
         {"sanity": 2, "trainer": {"accumulate_grad_batches": 2, "val_check_interval": 4}},
         {"trainer": {"limit_train_batches": 7, "limit_val_batches": 0}},
@@ -39,7 +39,7 @@ def test_with_worker_processes(tmp_path: Path) -> None:
 
 
 def test_two_processes_and_another_number_of_them(tmp_path: Path) -> None:
-    cases = [{"trainer": {"accumulate_grad_batches": 2}, "peek": True}]
+    cases = [{"trainer": {"accumulate_grad_batches": 2}, "peek": True, "by_length": True}]
     assert run(tmp_path / "two", 2, cases) == []
     # Saved on the last batch of an epoch and resumed with longer ones, Lightning takes the next epoch for begun.
     resume = [
