@@ -18,11 +18,11 @@ def moves_without_gradient(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.LBFGS)
 
 
-_INITIAL: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
-    ("Rprop", "step_size"): lambda group: group["lr"],
-    ("Adagrad", "sum"): lambda group: group["initial_accumulator_value"],
-}
-"""Per-entry state that does not start from zero, by optimizer class and state key."""
+_INITIAL: list[tuple[type[Optimizer], str, Callable[[Mapping[str, Any]], float]]] = [
+    (torch.optim.Rprop, "step_size", lambda group: float(group["lr"])),
+    (torch.optim.Adagrad, "sum", lambda group: float(group["initial_accumulator_value"])),
+]
+"""Per-entry state that does not start from zero: optimizer class, state key, value by param group."""
 
 
 def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None = None) -> None:
@@ -50,8 +50,8 @@ def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None 
         if not isinstance(value, Tensor):
             continue
         if value.shape == parameter.shape:
-            initial = _INITIAL.get((type(optimizer).__name__, key), lambda _: 0.0)(group)
-            value.fill_(initial) if entries is None else value.masked_fill_(entries.to(value.device), float(initial))
+            initial = next((f(group) for cls, k, f in _INITIAL if k == key and isinstance(optimizer, cls)), 0.0)
+            value.fill_(initial) if entries is None else value.masked_fill_(entries.to(value.device), initial)
         elif entries is None and key == "step":
             value.zero_()
 
@@ -88,6 +88,7 @@ class RateFactors:
         self.optimizer = optimizer
         self._factors = {id(p): f for p, f in factors.items()}
         self._own: list[dict[str, Any]] | None = None
+        self._parts_meanwhile: list[dict[str, Any]] | None = None
         values = {self._factors.get(id(p), 1.0) for p in parameters_of(optimizer)}
         if len(values) > 1 and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
@@ -96,7 +97,8 @@ class RateFactors:
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._join),
-            optimizer.register_state_dict_pre_hook(self._join),
+            optimizer.register_state_dict_pre_hook(self._show_own),
+            optimizer.register_state_dict_post_hook(self._hide_own),
         ]
 
     def remove(self) -> None:
@@ -134,6 +136,17 @@ class RateFactors:
         if set(by_factor) <= {1.0}:
             return [group]
         return [{**group, "params": params, "lr": group["lr"] * f, "_of": group} for f, params in by_factor.items()]
+
+    def _show_own(self, *_: Any) -> None:
+        """A state_dict taken in mid-step is of the user's groups, and the step goes on at its rates."""
+        if self._own is not None:
+            self._parts_meanwhile = self.optimizer.param_groups
+            self._join()
+
+    def _hide_own(self, *_: Any) -> None:
+        if self._parts_meanwhile is not None:
+            self._own, self.optimizer.param_groups = self.optimizer.param_groups, self._parts_meanwhile
+            self._parts_meanwhile = None
 
     def _join(self, *_: Any) -> None:
         if self._own is None:
