@@ -1,5 +1,7 @@
 import copy
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import lightning as L
 import pytest
@@ -21,6 +23,7 @@ from plain_and_ours import (
     trained,
 )
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 from lightning_mask import FreezeMask, MaskSet
 
@@ -156,3 +159,24 @@ def test_held_bits_of_every_kind_stay():
     fit(Straight(net), [FreezeMask(mask=MaskSet(prefixed(masks)))], make_batches(4))
     assert moved(net, start, masks) == []
     assert trained(net, start, masks) > 100
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize("way", ["foreach", "fused"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_foreach_and_fused_in_every_precision(precision: str, way: str, spoil: bool):
+    """A fused optimizer unscales by itself under a gradient scaler; it must not see held gradients either."""
+    net, masks, setting = make_net(), make_masks(), Setting(precision)
+    plain = copy.deepcopy(net)
+
+    def optimizer(parameters: Iterable[Any]) -> Optimizer:
+        return AdamW(parameters, lr=0.01, weight_decay=0.1, **{way: True})  # type: ignore[arg-type]
+
+    start, scaler = reference(plain, optimizer, make_batches(6), masks, setting)
+    if spoil:
+        inject(net, {n: ~m for n, m in masks.items()}, float("inf"))
+    trainer = fit(Task(net, optimizer), [FreezeMask(mask=MaskSet(prefixed(masks)))], make_batches(6), setting)
+    assert moved(net, start, masks) == []
+    assert same(net, plain) == []
+    if scaler is not None:
+        assert trainer.precision_plugin.scaler.state_dict() == scaler.state_dict()
