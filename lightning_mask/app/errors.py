@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 FULL = "HYDRA_FULL_ERROR"
@@ -26,53 +26,44 @@ def run(application: Callable[[], object]) -> None:
     if os.environ.get(FULL) == "1":
         application()
         return
-    with _raising(True):
-        try:
-            application()
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            stop(error)  # of the command line: task() lets none of its own through
+    global _told_to_raise
+    before, os.environ[FULL], _told_to_raise = os.environ.get(FULL), "1", True
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        stop(error)  # of the command line: task() lets none of its own through
+    finally:
+        _told_to_raise = False
+        _set(before)
 
 
 @contextmanager
 def task() -> Iterator[None]:
     """Run the part of the application that does the work: bad input is told in one line there, too.
 
-    Errors that are not about input keep their traceback; with ``HYDRA_FULL_ERROR=1`` all do.
+    Errors that are not about input keep their traceback, without Hydra's frames; with ``HYDRA_FULL_ERROR=1`` all errors do.
     """
     if not _told_to_raise:
         yield
         return
-    with _raising(False):
-        try:
-            yield
-        except Exception as error:
-            if _is_about_input(error):
-                stop(error)
-            raise
+    _set(None)  # processes that are started inherit it
+    try:
+        yield
+    except Exception as error:
+        if _is_about_input(error):
+            stop(error)
+        raise
+    _set("1")  # the sweep goes on
 
 
 _told_to_raise = False
 
 
-@contextmanager
-def _raising(wanted: bool) -> Iterator[None]:
-    """Set the variable that Hydra looks at, only as long as needed: processes that are started inherit it."""
-    global _told_to_raise
-    before = os.environ.get(FULL)
-    if wanted:
-        os.environ[FULL] = "1"
-    else:
+def _set(value: str | None) -> None:
+    if value is None:
         os.environ.pop(FULL, None)
-    _told_to_raise = True
-    try:
-        yield
-    except Exception:
-        os.environ.pop(FULL, None)  # Hydra prints what comes from the task, without its own frames
-        raise
     else:
-        os.environ.pop(FULL, None)
-        if before is not None:
-            os.environ[FULL] = before
+        os.environ[FULL] = value
 
 
 def stop(error: BaseException) -> NoReturn:
@@ -109,9 +100,9 @@ def check_complete(cfg: DictConfig) -> None:
     Raises:
         ValueError: With the first such key.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ValueError(f"{missing[0]} has no value yet: give it one with {missing[0]}=...")
+    for key, node in _values(cfg):
+        if node._is_missing():
+            raise ValueError(f"{key} has no value yet: give it one with {key}=...")
 
 
 def _is_about_input(error: BaseException) -> bool:
@@ -148,12 +139,12 @@ def _about_group(error: MissingConfigException) -> str:
 def _about_key(error: OmegaConfBaseException) -> str:
     parent = error.parent_node
     assert isinstance(parent, Container)
-    prefix = parent._get_full_key(None)
+    prefix: str = parent._get_full_key(None)
     key = str(error.key)
-    siblings = [f"{prefix}.{k}" if prefix else str(k) for k in parent] if isinstance(parent, DictConfig) else []
+    siblings = [f"{prefix}.{k}" if prefix else k for k in map(str, parent)] if isinstance(parent, DictConfig) else []
     wanted = f"{prefix}.{key}" if prefix else key
     near = difflib.get_close_matches(wanted, siblings, n=3, cutoff=0.7)
-    elsewhere = [k for k in _keys(parent._get_root()) if k.rpartition(".")[2] == key and k not in near]
+    elsewhere = [k for k, _ in _values(parent._get_root()) if k.rpartition(".")[2] == key and k not in near]
     if near or elsewhere:
         return (
             f"There is no key {wanted!r}; nearest: {', '.join(near + elsewhere[:3])}. To add a new one: +{wanted}=..."
@@ -167,8 +158,8 @@ def _nearest(name: str, options: list[str]) -> str:
     return f" (nearest: {', '.join(near)})" if near else ""
 
 
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all values below a node."""
+def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted names of all values below a node, and their nodes, without resolving any."""
     children: list[tuple[str, Any]] = []
     if isinstance(node, Container) and not node._is_none() and not node._is_missing():
         if isinstance(node, DictConfig):
@@ -178,6 +169,6 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
     for key, child in children:
         name = f"{prefix}.{key}" if prefix else key
         if isinstance(child, Container):
-            yield from _keys(child, name)
+            yield from _values(child, name)
         else:
-            yield name
+            yield name, child

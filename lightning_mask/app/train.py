@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
 
 from lightning_mask.app import errors
+from lightning_mask.app.checkpoints import LastCheckpoint
 from lightning_mask.app.launch import SameConfig, agree_on_run, one_job
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PruneMask, RunReport
@@ -30,8 +31,10 @@ _CHATTER = (
     "`Trainer.fit` stopped",
     "Restor",  # train() says it, once
     "Loaded model weights",
+    "Loading `train_dataloader`",
 )
 _IGNORED = (
+    r".*dirpath has changed.*",
     r".*does not have many workers.*",
     r".*is not empty.*",
     r".*number of training batches.*smaller than the logging interval.*",
@@ -69,9 +72,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     weights = None
     if cfg.train:
         since = time.time()
-        if cfg.ckpt_path is not None:
-            rank_zero_info(f"going on from {cfg.ckpt_path}")
-        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(model, datamodule=data, ckpt_path=_start(cfg, callbacks))
         seconds["fit"] = time.time() - since
         metrics |= _floats(trainer.callback_metrics)
         report = next((c for c in callbacks if isinstance(c, RunReport)), None)
@@ -161,6 +162,17 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
     made = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers or False, **chosen)
     assert isinstance(made, Trainer)
     return made
+
+
+def _start(cfg: DictConfig, callbacks: list[Callback]) -> str | None:
+    """Return the checkpoint to go on from; "last" is the newest of the run's own folder, if there is one yet."""
+    path: str | None = cfg.ckpt_path
+    last = next((c.path for c in callbacks if isinstance(c, LastCheckpoint)), None)
+    if path == "last" and last is not None:
+        path = str(last) if last.exists() else None
+    if path is not None:
+        rank_zero_info(f"going on from {path}")
+    return path
 
 
 def _weights_to_test(cfg: DictConfig, callbacks: list[Callback]) -> tuple[str, str | None]:

@@ -1,0 +1,52 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+REPO = Path(__file__).resolve().parents[2]
+CONF = REPO / "conf"
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name not in ("hydra", "local", "__pycache__")
+}
+TINY = ["experiment=smoke", "callbacks.progress.refresh_rate=0", "trainer.max_steps=4", "trainer.val_check_interval=2"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., DictConfig]:
+    """Compose the root config with overrides; the run's folder is the test's own."""
+
+    def make(*overrides: str) -> DictConfig:
+        with initialize_config_module("lightning_mask.conf", version_base="1.3"):
+            places = [f"paths.output_dir={tmp_path / 'run'}", f"paths.work_dir={tmp_path}"]
+            return compose("train", overrides=[*places, *overrides])
+
+    return make
+
+
+def command(*words: str, cwd: Path, timeout: float = 150, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; standard error goes where standard output goes."""
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "HYDRA_FULL_ERROR")}
+    return subprocess.run(
+        [*words],
+        cwd=cwd,
+        env={**env, "HF_HUB_OFFLINE": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def train_command(
+    *overrides: str, cwd: Path, timeout: float = 150, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run scripts/train.py in a process of its own."""
+    return command(sys.executable, str(REPO / "scripts/train.py"), *overrides, cwd=cwd, timeout=timeout, **environment)

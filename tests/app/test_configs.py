@@ -1,0 +1,153 @@
+"""Every config composes and instantiates, and spells out what its target takes."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import get_method, instantiate
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from lightning_mask.app.train import _callbacks, _trainer
+from tests.app.conftest import CONF, GROUPS
+
+# What a target takes and the application gives, not the yaml.
+GIVEN = {"self", "callbacks", "logger", "params", "num_training_steps", "kwargs", "summarize_kwargs", "theme"}
+NEEDS = {"tensorboard": "tensorboard", "many": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+VALUES = {
+    "data=csv": ["data.source.path=rows.csv"],
+    "data=hub": ["data.source.name=rows"],
+    "data=image_folder": ["data.source.path=pictures", "model=resnet", "model.channels=3"],
+    "data=mnist5k": ["model=resnet"],
+    "model=hf": ["model.model=some/model"],
+    "model=resnet": ["data=mnist5k"],
+}
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+
+
+def blocks(node: Any, key: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Yield every block that makes something."""
+    if isinstance(node, DictConfig):
+        if node.get("_target_") is not None:
+            yield key, node
+        for name in node:
+            yield from blocks(node[name], f"{key}.{name}")
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
+def test_every_option_composes_and_names_every_argument_of_its_target(
+    group: str, option: str, config: Callable[..., DictConfig]
+) -> None:
+    cfg = config(f"{group}={option}", *VALUES.get(f"{group}={option}", []))
+    targets = dict(blocks(cfg))
+    if group in ("model", "data", "optimizer", "trainer"):
+        assert f".{group}" in targets
+    for key, block in targets.items():
+        written = {name for name in block if not name.startswith("_")}
+        takes = inspect.signature(get_method(block._target_)).parameters
+        if not any(p.kind == p.VAR_KEYWORD for p in takes.values()):
+            assert written <= set(takes), key
+        if key == ".mask.phases" or block.get("_target_") == "lightning_mask.Phase":
+            continue
+        missing = set(takes) - written - GIVEN
+        if key.endswith("scheduler"):
+            missing -= {"optimizer"}
+        assert not missing, f"{key} leaves out {sorted(missing)}"
+
+
+def test_phases_name_every_argument_of_a_phase(config: Callable[..., DictConfig]) -> None:
+    takes = set(inspect.signature(get_method("lightning_mask.Phase")).parameters) - {"self"}
+    for option in ("mask_then_lift", "unfreeze_on_plateau"):
+        for phase in config(f"mask={option}").mask.phases:
+            assert set(phase) == takes
+
+
+@pytest.mark.parametrize("option", GROUPS["mask"])
+def test_every_mask_makes_its_callback(option: str, config: Callable[..., DictConfig]) -> None:
+    cfg = config(f"mask={option}", "callbacks=none")
+    made = _callbacks(cfg)
+    assert [type(m).__name__ for m in made] == ([] if option == "none" else [cfg.mask._target_.rpartition(".")[2]])
+
+
+def test_trainers_callbacks_and_loggers_are_made(config: Callable[..., DictConfig]) -> None:
+    for option in GROUPS["callbacks"]:
+        cfg = config(f"callbacks={option}")
+        assert len(_callbacks(cfg)) == len(cfg.get("callbacks") or {}) + 1
+    for option in GROUPS["logger"]:
+        if find_spec(NEEDS.get(option, "torch")) is not None:
+            cfg = config(f"logger={option}", "callbacks=none")
+            assert len(_trainer(cfg, []).loggers) == len(cfg.get("logger") or {})
+    for option in GROUPS["debug"]:
+        cfg = config(f"debug={option}")
+        assert isinstance(_trainer(cfg, _callbacks(cfg)), Trainer)
+    for option in GROUPS["trainer"]:
+        cfg = config(f"trainer={option}", "callbacks=none")
+        if cfg.trainer.accelerator == "cpu" or torch.cuda.is_available():
+            assert isinstance(_trainer(cfg, []), Trainer)
+
+
+def test_optimizers_and_schedulers_are_made(config: Callable[..., DictConfig]) -> None:
+    for option in GROUPS["optimizer"]:
+        for schedule in GROUPS["scheduler"]:
+            cfg = config(f"optimizer={option}", f"scheduler={schedule}")
+            optimizer = instantiate(cfg.optimizer)(nn.Linear(3, 2).parameters())
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            if cfg.scheduler is not None:
+                instantiate(cfg.scheduler)(optimizer, num_training_steps=10)
+
+
+def test_models_and_data_are_made(config: Callable[..., DictConfig]) -> None:
+    for data, model in (("tweets", "minilm"), ("mnist5k", "resnet")):
+        cfg = config(f"data={data}", f"model={model}")
+        made = instantiate(cfg.model, num_classes=3)
+        assert isinstance(made, LightningModule)
+        assert any(name.startswith(f"{cfg.head}.") for name, _ in made.named_parameters())
+        assert instantiate(cfg.data).source.keywords["split_seed"] == 0
+
+
+def test_every_value_is_plain_after_conversion(config: Callable[..., DictConfig]) -> None:
+    for option in GROUPS["mask"]:
+        for key, block in blocks(config(f"mask={option}")):
+            assert block.get("_convert_") == "all" or block.get("_partial_"), f"{key} may hand out a DictConfig"
+
+
+def test_override_grammar(config: Callable[..., DictConfig]) -> None:
+    assert config("mask=fisher", "mask.density=0.01", "mask.engine=dense").mask.density == 0.01
+    assert config("mask.density=20000").mask.density == 20000
+    assert config("mask=prune_gradual", "mask.sparsity='2:4'").mask.sparsity == "2:4"
+    assert config("mask=last_layers", "last_layers=2").mask.train[0] == "layers:-2:"
+    assert config("mask=bitfit").mask.train == ["*.bias", "net.classifier"]
+    assert config("mask=mask_then_lift", "mask.phases.0.density=0.02").mask.phases[0].density == 0.02
+    assert config("mask=mask_then_lift", "mask.phases.0.until='100 steps'").mask.phases[0].until == "100 steps"
+    assert config(r"mask.train=['re:net\.bert\..*bias']").mask.train == [r"re:net\.bert\..*bias"]
+    assert list(config("~callbacks.lr_monitor").callbacks) == ["best", "last", "progress", "report"]
+    assert "early_stopping" in config("callbacks=[default,early_stopping]").callbacks
+    assert set(config("logger=[]").get("logger") or {}) == set()
+    both = config("mask=fisher", "+mask@callbacks.prune=prune_gradual")
+    assert {"FreezeMask", "PruneMask"} <= {type(c).__name__ for c in _callbacks(both)}
+    assert config("seed=7").mask.seed == 7
+    assert config("seed=7").data.seed == 7
+    assert config("debug=limit", "experiment=mnist_prune").trainer.max_steps == 20
+
+
+def test_sweeps_say_what_they_sweep() -> None:
+    with initialize_config_module("lightning_mask.conf", version_base="1.3"):
+        for option in GROUPS["sweep"]:
+            if option == "none":
+                continue
+            cfg = compose("train", overrides=[f"sweep={option}"], return_hydra_config=True)
+            assert cfg.hydra.mode.name == "MULTIRUN"
+            for key, values in OmegaConf.to_container(cfg.hydra.sweeper.params).items():  # type: ignore[union-attr]
+                for value in str(values).split(","):
+                    compose("train", overrides=[f"{key}={value}"])
+
+
+def test_help_names_every_strategy() -> None:
+    text = (CONF / "hydra/default.yaml").read_text()
+    for option in GROUPS["mask"]:
+        assert any(line.split()[:1] == [option] for line in text.splitlines()), f"--help does not say what {option} is"

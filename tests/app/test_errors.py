@@ -1,0 +1,97 @@
+"""A wrong command line and a bad value: one line on standard error, exit code 1."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from lightning_mask.app import errors
+from lightning_mask.app.summary import write_json
+from lightning_mask.app.train import main, train
+from tests.app.conftest import TINY
+
+CASES = [
+    (["mask=fishr"], ["mask has no option 'fishr'", "nearest: fisher", "prune_gradual"]),
+    (["mask.densty=0.1"], ["no key 'mask.densty'", "mask.density"]),
+    (["density=0.1"], ["no key 'density'", "mask.density"]),
+    (["lr=0.1"], ["optimizer.lr"]),
+    (["trainer.max_stepz=1"], ["trainer.max_steps"]),
+    (["mask=null"], ["mask=none"]),
+    (["trainer.max_steps"], ["missing EQUAL"]),
+    (["data=csv"], ["data.source.path has no value yet"]),
+    (["model=hf"], ["model.model has no value yet"]),
+    (["data=csv", "data.source.path=/no/rows.csv"], ["/no/rows.csv"]),
+    (["data=mnist5k"], ["model=resnet"]),
+    (["ckpt_path=/no/such.ckpt"], ["/no/such.ckpt", "ckpt_path=last"]),
+    (["train=false"], ["ckpt_path="]),
+    (["train=false", "test=false"], ["nothing to do"]),
+    (["seed=null"], ["seed"]),
+    ([*TINY, "mask.density=2.0"], ["density=2.0"]),
+    ([*TINY, "mask.train=[net.clasifier]"], ["net.clasifier", "net.classifier"]),
+    ([*TINY, "mask.score=fishr"], ["fishr", "fisher"]),
+    ([*TINY, "mask=prune_gradual", "mask.sparsity=1.0"], ["sparsity=1.0"]),
+    ([*TINY, "+optimizer.nesterov=true"], ["nesterov"]),
+    ([*TINY, "trainer.precision=7"], ["7"]),
+    ([*TINY, "optimized_metric=test/acc"], ["optimized_metric"]),
+    ([*TINY, "+optimized_metric=test/acc"], ["test/acc", "test/accuracy"]),
+    ([*TINY, "model.num_classes=4"], ["model.num_classes=4", "10 classes"]),
+]
+
+
+def run_main(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    with pytest.raises(SystemExit) as end:
+        main()
+    GlobalHydra.instance().clear()
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+@pytest.mark.parametrize(("overrides", "words"), CASES, ids=[c[0][-1] for c in CASES])
+def test_one_line_says_what_is_wrong(
+    overrides: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(errors.FULL, raising=False)
+    assert run_main(overrides, monkeypatch) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Warning" not in line and line.strip()]
+    said = [line for line in lines if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "Traceback" not in "".join(lines)
+    for word in words:
+        assert word in said[0]
+    assert errors.FULL not in os.environ, "a process that is started later would inherit it"
+
+
+def test_the_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(errors.FULL, "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=null"])
+    GlobalHydra.instance().clear()
+    with pytest.raises(ValueError, match="seed"):
+        main()
+    GlobalHydra.instance().clear()
+
+
+def test_train_raises_for_a_caller(config: Callable[..., DictConfig]) -> None:
+    with pytest.raises(ValueError, match="ckpt_path"):
+        train(config("train=false"))
+
+
+def test_a_json_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": float("nan"), "y": [1.5, float("inf")], "z": "ü"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [1.5, None], "z": "ü"}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text())["z"] == "ü"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"]

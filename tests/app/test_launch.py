@@ -1,0 +1,142 @@
+"""Several processes, one job: sweeps under DDP, ranks that disagree, torchrun."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from lightning_mask.app.launch import digest, job_command
+from tests.app.conftest import TINY, command, train_command
+
+TWO = [*TINY, "trainer=ddp_cpu", "logger=none", "test=false"]
+# A sweeper as an unseeded search is: whoever runs it draws other values.
+SWEEPER = dedent(
+    """
+    import random
+    from hydra.core.plugins import Plugins
+    from hydra.core.config_store import ConfigStore
+    from hydra.plugins.sweeper import Sweeper
+
+
+    class Unseeded(Sweeper):
+        def setup(self, *, hydra_context, task_function, config):
+            self.config = config
+            self.launcher = Plugins.instance().instantiate_launcher(
+                hydra_context=hydra_context, task_function=task_function, config=config
+            )
+
+        def sweep(self, arguments):
+            for job in range(2):
+                rate = random.SystemRandom().uniform(1e-4, 1e-2)
+                results = self.launcher.launch([[*arguments, f"optimizer.lr={rate}"]], initial_job_idx=job)
+                results[0].return_value
+
+
+    ConfigStore.instance().store(
+        group="hydra/sweeper", name="unseeded", node={"_target_": "hydra_plugins.unseeded.Unseeded"}, provider="unseeded"
+    )
+    """
+)
+
+
+@pytest.fixture
+def sweeper(tmp_path: Path) -> str:
+    """A folder for PYTHONPATH with the plugin."""
+    folder = tmp_path / "plugins" / "hydra_plugins"
+    folder.mkdir(parents=True)
+    (folder / "unseeded.py").write_text(SWEEPER)
+    return str(folder.parent)
+
+
+def test_the_command_of_one_job_of_a_sweep() -> None:
+    argv = ["train.py", "-m", "mask=head,bitfit", "-cd", "mine", "hydra.verbose=true", "hydra.sweep.dir=x"]
+    made = job_command(
+        argv, "train", ["mask=head"], ["hydra.verbose=true", "hydra.sweep.dir=x", "hydra/sweeper=unseeded"]
+    )
+    assert made == [
+        "train.py",
+        "--config-name=train",
+        "--config-dir=mine",
+        "mask=head",
+        "hydra.verbose=true",
+        "hydra.mode=RUN",
+    ]
+
+
+def test_the_digest_is_of_the_job_and_not_of_the_paths() -> None:
+    with initialize_config_module("lightning_mask.conf", version_base="1.3"):
+        plain, moved, other = (
+            digest(compose("train", overrides=o)) for o in ([], ["paths.log_dir=/elsewhere"], ["seed=1"])
+        )
+    assert plain == moved != other
+
+
+@pytest.mark.slow
+def test_in_a_sweep_all_ranks_run_the_same_job(sweeper: str, tmp_path: Path) -> None:
+    done = train_command(*TWO, "-m", "hydra/sweeper=unseeded", cwd=tmp_path, PYTHONPATH=sweeper)
+    assert done.returncode == 0, done.stdout
+    (sweep,) = (tmp_path / "logs/smoke/sweeps").iterdir()
+    assert not (tmp_path / "logs/smoke/runs").exists()
+    rates = set()
+    for job in ("0", "1"):
+        summary = json.loads((sweep / job / "summary.json").read_text())
+        assert summary["world_size"] == 2
+        assert summary["mask"]["held_changed"] == 0
+        rates |= {o for o in summary["overrides"] if o.startswith("optimizer.lr=")}
+    assert len(rates) == 2
+    assert done.stdout.count("The run") == 2, "each job is reported once, by rank 0"
+
+
+@pytest.mark.slow
+def test_a_failing_job_ends_the_sweep(tmp_path: Path) -> None:
+    done = train_command(*TWO, "-m", "mask.train=[net.nope],[net.classifier]", cwd=tmp_path, timeout=120)
+    assert done.returncode != 0
+    assert "net.nope" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.slow
+def test_ranks_that_composed_different_configs_are_refused(tmp_path: Path) -> None:
+    overrides = " ".join(f"'{o}'" for o in TWO)
+    script = Path(__file__).resolve().parents[2] / "scripts/train.py"
+    each = f"exec {sys.executable} {script} {overrides} seed=$RANK"
+    done = command(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "bash", "-c", each,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert re.search(r"Ranks 1 composed another config than rank 0", done.stdout)
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.slow
+def test_under_torchrun_all_ranks_share_one_folder(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = command(*launcher, "-m", "lightning_mask.app.train", *TWO, "test=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    (run,) = (tmp_path / "logs/smoke/runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert sum(map(sum, summary["confusion_matrix"]["rows_true"])) == 500
+
+
+@pytest.mark.slow
+def test_two_processes_switch_phase_and_resume(tmp_path: Path) -> None:
+    phases = [o for o in TWO if o != "test=false"] + ["mask=mask_then_lift", "mask.phases.0.batches=1"]
+    done = train_command(*phases, "hydra.run.dir=one", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("The run") == 1
+    summary = json.loads((tmp_path / "one/summary.json").read_text())
+    assert summary["mask"]["active"] == summary["mask"]["total"]
+    assert summary["mask"]["held_changed"] == 0
+    assert [phase["step"] for phase in summary["mask"]["phases"]] == [0, 2]
+    again = train_command(
+        *phases, "hydra.run.dir=two", "ckpt_path=one/checkpoints/last.ckpt", "trainer.max_steps=6", cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stdout
+    assert json.loads((tmp_path / "two/summary.json").read_text())["mask"]["steps"] == 6

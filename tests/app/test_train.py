@@ -1,0 +1,223 @@
+"""`train(cfg)` on real data: a few steps of each kind of run, in one process."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from safetensors import safe_open
+
+from lightning_mask import MaskSet
+from lightning_mask.app.train import train
+from lightning_mask.tasks import ImageClassifier
+from tests.app.conftest import TINY
+
+Config = Callable[..., DictConfig]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def summary_of(cfg: DictConfig) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((Path(cfg.paths.output_dir) / "summary.json").read_text())
+    return loaded
+
+
+def test_a_run_leaves_its_facts_in_its_folder(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config(*TINY, "seed=3", "tags=[first]")
+    metrics = train(cfg)
+    folder = Path(cfg.paths.output_dir)
+    assert {"test/accuracy", "test/macro_f1", "val/loss", "train/loss"} <= set(metrics)
+
+    summary = summary_of(cfg)
+    assert summary["metrics"]["test/accuracy"] == metrics["test/accuracy"]
+    assert summary["seed"] == 3
+    assert summary["tags"] == ["first"]
+    assert summary["world_size"] == 1
+    assert summary["versions"]["torch"] == torch.__version__
+    mask = summary["mask"]
+    assert mask["held_changed"] == 0
+    assert mask["held_checked"] == mask["total"] - mask["active"] > 0
+    assert mask["steps"] == 4
+    assert sum(sum(row) for row in summary["confusion_matrix"]["rows_true"]) == 500
+
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert {"train/loss", "val/accuracy", "mask/density", "test/accuracy"} <= set(rows[0])
+    assert MaskSet.load(folder / "masks.safetensors").count() == mask["active"]
+    with safe_open(folder / "masks.safetensors", "pt") as file:
+        assert file.metadata()
+    assert not [f for f in folder.rglob("*") if f.name.startswith(".summary")], "a temporary file was left"
+
+    printed = capsys.readouterr().out
+    assert f"0 of {mask['held_checked']:,}" in printed
+    assert "What trains and what is held" in printed
+    assert f"{metrics['test/accuracy']:.4f}" in printed
+
+
+def test_checkpoints_load_without_unpickling_and_resume(config: Config) -> None:
+    cfg = config(*TINY)
+    train(cfg)
+    checkpoints = Path(cfg.paths.output_dir) / "checkpoints"
+    assert (checkpoints / "last.ckpt").exists()
+    assert list(checkpoints.glob("best-*.ckpt"))
+    for file in checkpoints.glob("*.ckpt"):
+        content = torch.load(file, weights_only=True)
+        assert all(name.startswith(("net.", "metrics.")) for name in content["state_dict"])
+        assert not [name for name in content["state_dict"] if "mask" in name]
+        assert isinstance(ImageClassifier.load_from_checkpoint(file, weights_only=True), ImageClassifier)
+
+    again = config(*TINY, "trainer.max_steps=6", "ckpt_path=last")
+    train(again)
+    assert summary_of(again)["mask"]["steps"] == 6
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 6
+
+    tested = config(*TINY, "train=false", f"ckpt_path={checkpoints / 'last.ckpt'}")
+    assert set(train(tested)) == {"test/loss", "test/accuracy", "test/macro_f1"}
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: Config, tmp_path: Path) -> None:
+    plain = [*TINY, "scheduler=none", "trainer.val_check_interval=3"]  # a schedule would know how long the run is
+    places = [f"paths.output_dir={tmp_path / name}" for name in ("whole", "first", "second")]
+    whole = train(config(*plain, "trainer.max_steps=11", places[0]))
+    train(config(*plain, "trainer.max_steps=4", places[1]))
+    start = tmp_path / "first/checkpoints/last.ckpt"
+    resumed = train(config(*plain, "trainer.max_steps=11", places[2], f"ckpt_path={start}"))
+    ends = [
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "second")
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert whole["val/loss"] == resumed["val/loss"]
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_gives_others(config: Config) -> None:
+    first, again, other = (train(config(*TINY, f"seed={seed}")) for seed in (1, 1, 2))
+    assert first == again
+    assert first["train/loss"] != other["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "active"),
+    [
+        (["mask=none"], 1.0),
+        (["mask=head"], None),
+        (["mask=last_layers"], None),
+        (["mask=bitfit"], None),
+        (["mask=random", "mask.density=100"], None),
+        (["mask=magnitude"], None),
+        (["mask=gradient", "mask.batches=1"], None),
+        (["mask=mask_then_lift", "mask.phases.0.batches=1"], 1.0),
+        (["mask=gradual_unfreeze", "mask.every='1 steps'"], None),
+        (["mask=unfreeze_on_plateau"], None),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_each_strategy_runs_and_holds(overrides: list[str], active: float | None, config: Config) -> None:
+    base = [o for o in TINY if not o.startswith("experiment")]
+    cfg = config(
+        "model=resnet", "data=mnist5k", "model.width=4", "model.depth=1", "data.train_size=500", *base, *overrides
+    )
+    train(cfg)
+    mask = summary_of(cfg)["mask"]
+    assert mask["held_changed"] == 0
+    assert active is None or mask["active"] == active * mask["total"]
+    if overrides == ["mask=head"]:
+        assert mask["active"] == 170
+    if overrides[0] == "mask=mask_then_lift":
+        assert [p["step"] for p in mask["phases"]][-1] == 2
+    if overrides[0] == "mask=random":
+        assert mask["active"] == 270
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sparsity"),
+    [
+        (["mask=prune_gradual", "mask.sparsity=0.9"], 0.9),
+        (["mask=prune_magnitude", "mask.sparsity=0.5"], 0.5),
+        (["mask=prune_random", "mask.sparsity=0.25"], 0.25),
+        (["mask=prune_magnitude", "mask.sparsity='2:4'", "mask.scope=[net.layers.1,'!type:BatchNorm2d']"], 0.5),
+    ],
+)
+def test_pruning_ends_at_the_exact_sparsity_and_tests_the_pruned_weights(
+    overrides: list[str], sparsity: float, config: Config
+) -> None:
+    base = [o for o in TINY if not o.startswith("experiment")]
+    cfg = config(
+        "model=resnet", "data=mnist5k", "model.width=4", "model.depth=1", "data.train_size=500", *base, *overrides
+    )
+    train(cfg)
+    summary = summary_of(cfg)
+    weights = torch.load(Path(cfg.paths.output_dir) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    masks = MaskSet.load(Path(cfg.paths.output_dir) / "masks.safetensors")
+    pruned = {name: mask for name, mask in masks.items() if not mask.all()}
+    zeros = sum(int((weights[name] == 0).sum()) for name in pruned)
+    assert zeros == sum(int((~mask).sum()) for mask in pruned.values())
+    assert summary["mask"]["sparsity"] == pytest.approx(sparsity, abs=1e-3)
+    assert summary["tested"].startswith("last")
+
+
+def test_two_masks_compose_from_the_command_line(config: Config) -> None:
+    cfg = config(*TINY, "mask.density=0.9", "+mask@callbacks.prune=prune_magnitude", "callbacks.prune.sparsity=0.25")
+    train(cfg)
+    mask = summary_of(cfg)["mask"]
+    assert mask["sparsity"] == pytest.approx(0.25, abs=1e-3)
+    assert mask["held_changed"] == 0
+
+
+@pytest.mark.slow
+def test_the_default_model_learns_real_tweets_behind_a_mask(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [
+        "data.train_size=256",
+        "data.max_length=16",
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "mask.batches=2",
+    ]
+    cfg = config(
+        "trainer.limit_val_batches=2", "trainer.limit_test_batches=2", "callbacks.progress.refresh_rate=0", *few
+    )
+    metrics = train(cfg)
+    summary = summary_of(cfg)
+    assert summary["mask"]["total"] == 22_714_371
+    assert summary["mask"]["active"] == 1155 + int(0.005 * (22_714_371 - 1155) + 0.5)
+    assert summary["mask"]["held_changed"] == 0
+    assert summary["confusion_matrix"]["classes"] == ["negative", "neutral", "positive"]
+    assert 0 <= metrics["test/accuracy"] <= 1
+    for file in (Path(cfg.paths.output_dir) / "checkpoints").glob("*.ckpt"):
+        torch.load(file, weights_only=True)
+
+
+def test_debug_modes_run(config: Config) -> None:
+    for debug in ("fast_dev_run", "limit", "overfit"):
+        cfg = config(*TINY[:2], f"debug={debug}", "data.train_size=200", "trainer.max_steps=6", "test=false")
+        assert "train/loss" in train(cfg)
+
+
+def test_no_callbacks_and_no_logger_is_a_plain_run(config: Config) -> None:
+    cfg = config(*TINY[:1], *TINY[2:], "callbacks=none", "logger=none", "mask=none", "test=false")
+    assert "train/loss" in train(cfg)
+    assert summary_of(cfg)["mask"] == {}
+    assert sorted(f.name for f in Path(cfg.paths.output_dir).iterdir()) == ["summary.json"]
+
+
+def test_a_csv_of_the_user(config: Config, tmp_path: Path) -> None:
+    rows = [f"{'good' if i % 2 else 'bad'} thing number {i},{'pos' if i % 2 else 'neg'}" for i in range(60)]
+    (tmp_path / "rows.csv").write_text("review,mood\n" + "\n".join(rows) + "\n")
+    words = [
+        "data=csv",
+        f"data.source.path={tmp_path / 'rows.csv'}",
+        "data.source.text_column=review",
+        "data.source.label_column=mood",
+    ]
+    cfg = config(*words, "mask=head", *TINY[1:], "data.max_length=8", "data.batch_size=4", "model.pretrained=false")
+    train(cfg)
+    assert summary_of(cfg)["confusion_matrix"]["classes"] == ["neg", "pos"]
