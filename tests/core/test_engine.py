@@ -148,8 +148,10 @@ def test_gradients_at_hand_when_a_tensor_becomes_held_are_not_used():
 def test_what_stays_active_keeps_its_moments_and_what_joins_starts_from_zero():
     net, first, second = Net(), masks_of(0.5), masks_of(0.5, seed=7)
     optimizer = Adam(net.parameters(), lr=0.01)
-    engine = MaskEngine(net, optimizer, first)
-    train(net, engine)
+    engine = MaskEngine(net, optimizer, {})
+    train(net, engine, steps=2)  # momentum from before the mask
+    engine.update(first)
+    train(net, engine, steps=1, first=2)
     before = copy.deepcopy({n: optimizer.state[p] for n, p in net.named_parameters() if p in optimizer.state})
     engine.update(second)
     for name in first:
@@ -158,6 +160,7 @@ def test_what_stays_active_keeps_its_moments_and_what_joins_starts_from_zero():
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(state[key][stays], before[name][key][stays])
             assert before[name][key][stays].abs().sum() > 0
+            assert before[name][key][joins].abs().sum() > 0
             assert not state[key][joins].any()
         assert state["step"] == 3
     untouched = optimizer.state[net.b.bias]

@@ -54,6 +54,9 @@ def test_erk_by_hand():
     assert allocation.get("erk")(shapes, Budget(58)) == [(["a"], 18), (["d"], 40)]
     # of 87 the first would get 27 of its 20: it is kept whole, and the other gets 67
     assert allocation.get("erk")(shapes, Budget(87)) == [(["a"], 20), (["d"], 67)]
+    # of three tensors the ratio is 9 : 20 : 30; of 180 the first is kept whole, and 160 are shared 20 : 30
+    three = {**shapes, "e": (10, 20)}
+    assert allocation.get("erk")(three, Budget(180)) == [(["a"], 20), (["d"], 64), (["e"], 96)]
     # a convolution counts its kernel: (3, 2, 2): 7/12; a vector of 7: 7/7; in the ratio 7 : 7
     assert allocation.get("erk")({"b": (3, 2, 2), "c": (7,)}, Budget(6)) == [(["b"], 3), (["c"], 3)]
     # 29 * 0.5 = 14.5 -> 15 of 29: 9 : 20 of 15 is 4.66 and 10.34

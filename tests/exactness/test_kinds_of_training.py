@@ -234,8 +234,8 @@ def test_statistics_in_a_plain_loop():
     assert run(True) == MOVING
     assert run(False) == set()
     assert run(True) == MOVING
-    with pytest.raises(RuntimeError):
-        net(torch.randn(2, 9, 4, 4))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        net.held[1](torch.randn(2, 4))
     assert all(m.training for m in net.modules()), "also after an error in the forward pass"
     engine.update({n: torch.ones_like(m) for n, m in masks.items()})
     assert run(True) == {"held.1", "held.2", "instance"} | MOVING, "what trains again moves again"
