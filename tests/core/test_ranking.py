@@ -86,7 +86,7 @@ def test_a_k_out_of_range_is_refused(k: int):
 
 
 class Allocations(TorchDispatchMode):
-    """The largest storage that any operation returned, and the bytes of all that have the masks' size."""
+    """The largest storage in bytes that any operation returned, by address."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,8 @@ class Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for item in result if isinstance(result, list | tuple) else [result]:
             if isinstance(item, Tensor):
-                self.sizes[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+                at, size = item.untyped_storage().data_ptr(), item.untyped_storage().nbytes()
+                self.sizes[at] = max(size, self.sizes.get(at, 0))  # freed memory is used again
         return result
 
 
