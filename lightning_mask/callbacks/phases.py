@@ -202,6 +202,11 @@ class PhaseUnfreeze(MaskCallback):
         return self.phases[self.phase]
 
     @property
+    def ends(self) -> list[float]:
+        """The optimizer step at which each phase ends; ``inf`` where that is not known before."""
+        return self._until
+
+    @property
     def selects(self) -> bool:
         """Whether the current phase names a selection, which takes the place of the FreezeMasks."""
         return not self.current.selection.empty

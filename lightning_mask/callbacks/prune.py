@@ -1,6 +1,7 @@
 """PruneMask: unimportant weights go to zero and stay there."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -245,24 +246,57 @@ class PruneMask(MaskCallback):
         """Refuse a sparsity that what FreezeMask holds whole rules out (held entries are not pruned)."""
         if session.phases is not None or not session.freezers:
             return
-        module = session.module
-        sizes = {name: module.get_parameter(name).numel() for name in self._names}
-        total, free = sum(sizes.values()), sum(sizes.values())
-        for freezer in session.freezers:
-            selection = freezer.selection
-            whole = sum(sizes.get(name, 0) for name in resolve(selection.train or (), module))
-            ranked = selection.scope_names(module, session.trainable)
-            some = sum(module.get_parameter(name).numel() for name in ranked)
-            part = Budget(selection.density).keep(some) if selection.density is not None else 0
-            if selection.mask is not None:
-                part = sum(active(mask) for name, mask in selection.given(module).items() if name in sizes)
-            free = min(free, whole + part)
+        total = sum(session.module.get_parameter(name).numel() for name in self._names)
+        free = min(self._free_at_most(f.selection, session) for f in session.freezers)
         if allocations.share(self.sparsity, total) > free:
             raise ValueError(
                 f"PruneMask: sparsity={self.sparsity} of the {total:,} entries in scope cannot be reached: FreezeMask holds "
                 f"all but {free:,} of them, and a held entry is not pruned. Let FreezeMask train them, or give PruneMask a "
                 "scope that trains."
             )
+
+    def check_phases(self, session: Session) -> None:
+        """Refuse a ramp that rises in a phase that lets too little of the scope change; all are measured by now.
+
+        What comes after a phase that a metric ends is not known yet, and is left to :meth:`prune`.
+
+        Raises:
+            ValueError: Naming the phase.
+        """
+        phases = session.phases
+        if phases is None or self._restored:
+            return
+        tensors = [session.module.get_parameter(name) for name in self._names]
+        total, zeros = sum(t.numel() for t in tensors), sum(int((t == 0).sum()) for t in tensors)
+        start, reached = 0.0, 0
+        for i, (phase, end) in enumerate(zip(phases.phases, phases.ends, strict=True)):
+            last = i == len(phases.phases) - 1
+            if end == math.inf and not last:
+                return
+            due = self.last_update(int(min(end - 1, self._steps[1]))) if end > start else None
+            target = allocations.share(self.sparsity * self._shape(due[1]), total) if due else 0
+            held_by = [phase.selection] if not phase.selection.empty else [f.selection for f in session.freezers]
+            free = min((self._free_at_most(s, session) for s in held_by), default=total)
+            if target > reached and target - reached > free + zeros:
+                raise ValueError(
+                    f"PruneMask: {target:,} of the {total:,} entries in scope are to be zero by the end of {phases.label(i)} of "
+                    f"PhaseUnfreeze, which lets only {free:,} of them change, and a held entry is not pruned. Move start and "
+                    "end to where they train, or let the phase train more of them."
+                )
+            start, reached = end, max(reached, target)
+
+    def _free_at_most(self, selection: Selection, session: Session) -> int:
+        """How many entries in scope the selection can let change, at most."""
+        module = session.module
+        sizes = {name: module.get_parameter(name).numel() for name in self._names}
+        whole = sum(sizes.get(name, 0) for name in resolve(selection.train or (), module))
+        if selection.mask is not None:
+            return whole + sum(active(mask) for name, mask in selection.given(module).items() if name in sizes)
+        if selection.density is None:
+            return whole
+        ranked = selection.scope_names(module, session.trainable)
+        budget = Budget(selection.density).keep(sum(module.get_parameter(name).numel() for name in ranked))
+        return whole + min(budget, sum(sizes.get(name, 0) for name in ranked))
 
     def _refuse_held(self, masks: MaskSet, scores: dict[str, Tensor]) -> None:
         for name, mask in masks.items():

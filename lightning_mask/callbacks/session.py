@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
@@ -87,7 +88,11 @@ class Session:
         return Run(total if total > 0 else math.inf, per_epoch, debug)
 
     def context(self, selection_seed: int, batches: int) -> Context:
-        """Return what a criterion may look at."""
+        """Return what a criterion may look at; under DDP with the buffers of rank 0, which are those that are saved."""
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel) and wrapper.broadcast_buffers:
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, src=0)
         return Context(
             self.module,
             loss=lambda batch: calibration.batch_loss(self.trainer, self.module, batch),
@@ -160,6 +165,8 @@ class Session:
         run = self.run()
         for member in self.members:
             member.measure(run)
+        for pruner in self.pruners:
+            pruner.check_phases(self)
         shared = next((m._shared for m in self.members if m._shared), None)
         if any(member.needs_reference for member in self.members):
             self._reference = (shared or {}).get("reference") or _weights(self.module)

@@ -208,6 +208,20 @@ BEFORE_TRAINING: dict[str, tuple[Callable[[], list[Any]], str]] = {
         lambda: [FreezeMask("blocks.1"), PruneMask(0.8, scope="blocks.*.lin.weight")],
         r"PruneMask: sparsity=0\.8 of the 288 entries in scope cannot be reached: FreezeMask holds all but 144",
     ),
+    "a ramp through a phase that holds its scope": (
+        lambda: [
+            PruneMask(0.8, scope="blocks.*.lin.weight", start="2 steps", end="12 steps", every="2 steps"),
+            PhaseUnfreeze([Phase("5 steps"), Phase("9 steps", train="head", name="top"), Phase()]),
+        ],
+        r"PruneMask: 216 of the 288 entries in scope are to be zero by the end of top of PhaseUnfreeze, which lets only 0",
+    ),
+    "a ramp in a last phase that trains few": (
+        lambda: [
+            PruneMask(0.5, scope="blocks.*.lin.weight", start="6 steps", schedule="constant"),
+            PhaseUnfreeze([Phase("5 steps"), Phase(score="random", density=0.1)]),
+        ],
+        r"144 of the 288 entries in scope are to be zero by the end of phase 1 of PhaseUnfreeze, which lets only 49",
+    ),
     "refresh of no step": (
         lambda: [FreezeMask(score="random", density=0.5, refresh="1%")],
         r"refresh='1%' is less than a step in this run",

@@ -1,0 +1,73 @@
+"""Fresh processes at the price of a fork: a script imports Lightning once, and every run is a process of its own."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Function = Callable[..., Any]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_ranks(ranks: int, function: Function, *arguments: Any, seconds: float = 60) -> list[int]:
+    """Run ``function(*arguments)`` in ``ranks`` forked processes at once; return their exit codes, negative: a signal.
+
+    With two ranks or more they find each other as under torchrun. What is left after ``seconds`` is killed (code -9).
+    """
+    port, children = free_port(), []
+    sys.stdout.flush()
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            _child(rank, ranks, port, function, arguments)
+        children.append(pid)
+    codes: dict[int, int] = {}
+    until = time.monotonic() + seconds
+    while len(codes) < ranks:
+        for pid in set(children) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            for pid in set(children) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in children]
+
+
+def _child(rank: int, ranks: int, port: int, function: Function, arguments: tuple[Any, ...]) -> None:
+    code = 1
+    try:
+        if ranks > 1:
+            os.environ |= {
+                "LOCAL_RANK": str(rank),
+                "RANK": str(rank),
+                "NODE_RANK": "0",
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        function(*arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def note(path: Path, value: Any) -> None:
+    """Write JSON."""
+    path.write_text(json.dumps(value))
