@@ -11,7 +11,7 @@ from typing import Any
 import hydra
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
@@ -152,6 +152,8 @@ def _callbacks(cfg: DictConfig) -> list[Callback]:
 
 def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
     loggers: list[Logger] = [instantiate(block) for block in (cfg.get("logger") or {}).values() if block is not None]
+    if not loggers:
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     unset = {
         "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),

@@ -77,7 +77,7 @@ def test_the_digest_is_of_the_job_and_not_of_the_paths() -> None:
 
 @pytest.mark.slow
 def test_in_a_sweep_all_ranks_run_the_same_job(sweeper: str, tmp_path: Path) -> None:
-    done = train_command(*TWO, "-m", "hydra/sweeper=unseeded", cwd=tmp_path, PYTHONPATH=sweeper)
+    done = train_command("-m", *TWO, "hydra/sweeper=unseeded", cwd=tmp_path, PYTHONPATH=sweeper)
     assert done.returncode == 0, done.stdout
     (sweep,) = (tmp_path / "logs/smoke/sweeps").iterdir()
     assert not (tmp_path / "logs/smoke/runs").exists()
@@ -93,7 +93,7 @@ def test_in_a_sweep_all_ranks_run_the_same_job(sweeper: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_failing_job_ends_the_sweep(tmp_path: Path) -> None:
-    done = train_command(*TWO, "-m", "mask.train=[net.nope],[net.classifier]", cwd=tmp_path, timeout=120)
+    done = train_command("-m", *TWO, "mask.train=[net.nope],[net.classifier]", cwd=tmp_path, timeout=120)
     assert done.returncode != 0
     assert "net.nope" in done.stdout
     assert "Traceback" not in done.stdout
@@ -126,7 +126,7 @@ def test_under_torchrun_all_ranks_share_one_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_switch_phase_and_resume(tmp_path: Path) -> None:
+def test_two_processes_switch_phase(tmp_path: Path) -> None:
     phases = [o for o in TWO if o != "test=false"] + ["mask=mask_then_lift", "mask.phases.0.batches=1"]
     done = train_command(*phases, "hydra.run.dir=one", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -135,8 +135,3 @@ def test_two_processes_switch_phase_and_resume(tmp_path: Path) -> None:
     assert summary["mask"]["active"] == summary["mask"]["total"]
     assert summary["mask"]["held_changed"] == 0
     assert [phase["step"] for phase in summary["mask"]["phases"]] == [0, 2]
-    again = train_command(
-        *phases, "hydra.run.dir=two", "ckpt_path=one/checkpoints/last.ckpt", "trainer.max_steps=6", cwd=tmp_path
-    )
-    assert again.returncode == 0, again.stdout
-    assert json.loads((tmp_path / "two/summary.json").read_text())["mask"]["steps"] == 6
