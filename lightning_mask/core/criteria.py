@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
 def get(score: str | Criterion) -> Criterion:
     """Return the criterion of that name, or ``score`` itself when it is a function.
 
+    A name with dots that is not registered is imported: ``"mine.last_minus_first"`` is that function of ``mine.py``.
+
     Raises:
         ValueError: If there is none of that name.
     """
@@ -53,6 +56,8 @@ def get(score: str | Criterion) -> Criterion:
         if not callable(score):
             raise ValueError(f"score must be the name of a criterion or a function, got {score!r}.")
         return score
+    if score not in CRITERIA and "." in score:
+        return _imported(score)
     if score not in CRITERIA:
         close = get_close_matches(score, CRITERIA, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -60,6 +65,19 @@ def get(score: str | Criterion) -> Criterion:
             f"score={score!r} is unknown; {hint}there are {', '.join(sorted(CRITERIA))}. Register your own with @criterion."
         )
     return CRITERIA[score]
+
+
+def _imported(path: str) -> Criterion:
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"score={path!r} cannot be imported ({error}); the file's folder must be on PYTHONPATH."
+        ) from None
+    if not callable(function):
+        raise ValueError(f"score={path!r} is not a function.")
+    return function  # type: ignore[no-any-return]
 
 
 def name_of(score: str | Criterion) -> str:

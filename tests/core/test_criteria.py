@@ -1,3 +1,4 @@
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
@@ -6,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_mask import criterion
 from lightning_mask.core import Context
-from lightning_mask.core.criteria import CRITERIA, compute, named_seed, random_scores
+from lightning_mask.core.criteria import CRITERIA, compute, get, named_seed, random_scores
 
 # One linear unit y = w.x + b without activation; loss = mean over the batch of (y - t)^2, so
 # dL/dw_j = mean of 2 (y - t) x_j and dL/db = mean of 2 (y - t), which is done by hand below.
@@ -252,3 +253,19 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         run("fischer", unit())
     with pytest.raises(ValueError, match="name of a criterion or a function"):
         compute(3, {}, Context(unit()))  # type: ignore[arg-type]
+
+
+def test_a_criterion_in_a_file_of_the_user_is_found_by_its_path(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_criteria.py").write_text(
+        "def smallest(params, context):\n    return {n: -p.abs() for n, p in params.items()}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    function = get("my_criteria.smallest")
+    w = torch.tensor([1.0, -2.0])
+    assert torch.equal(function({"w": w}, Context(nn.Linear(1, 1)))["w"], torch.tensor([-1.0, -2.0]))
+    with pytest.raises(ValueError, match=r"score='my_criteria.largest' cannot be imported"):
+        get("my_criteria.largest")
+    with pytest.raises(ValueError, match=r"score='nowhere.smallest' cannot be imported"):
+        get("nowhere.smallest")
