@@ -77,7 +77,7 @@ def _imported(path: str) -> Criterion:
         ) from None
     if not callable(function):
         raise ValueError(f"score={path!r} is not a function.")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def name_of(score: str | Criterion) -> str:
