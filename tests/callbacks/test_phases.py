@@ -88,6 +88,36 @@ def test_a_tensor_trains_from_fresh_moments_when_it_comes_back() -> None:
     assert seen[16] == {"stem.weight": 12.0, "stem.bias": 12.0, "head.weight": 8.0, "head.bias": 8.0}
 
 
+def test_entries_that_come_back_start_from_zero_moments_and_those_that_stay_keep_theirs() -> None:
+    columns = torch.arange(12)
+    masks = [
+        MaskSet({"head.weight": (columns < 6).expand(2, 12)}),
+        MaskSet({"head.weight": (columns >= 4).expand(2, 12)}),
+        MaskSet({"head.weight": (columns < 8).expand(2, 12)}),
+    ]
+    moments: dict[int, Any] = {}
+
+    class Look(Watch):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            state = trainer.optimizers[0].state.get(pl_module.head.weight)
+            if state:
+                moments[trainer.global_step] = (state["exp_avg"].clone(), state["exp_avg_sq"].clone())
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            state = trainer.optimizers[0].state[pl_module.head.weight]
+            last[trainer.global_step] = (state["exp_avg"].clone(), state["exp_avg_sq"].clone())
+
+    last: dict[int, Any] = {}
+    phases = [Phase("4 steps", mask=masks[0]), Phase("8 steps", mask=masks[1]), Phase(mask=masks[2])]
+    fit(Net(), PhaseUnfreeze(phases), Look())
+    for step, back, stay in ((4, columns >= 6, (columns >= 4) & (columns < 6)), (8, columns < 4, columns.eq(5))):
+        for now, then in zip(moments[step], last[step], strict=True):
+            assert not bool(now[:, back].any()), step
+            assert bool((now[:, stay] != 0).all())
+            assert torch.equal(now[:, stay], then[:, stay])
+    assert bool((last[8][0][:, columns < 4] != 0).any())  # what was left over would have been carried on
+
+
 PLATEAUS = {
     # value of each epoch -> epochs until the switch
     "falls then stands": ([5, 4, 4, 4, 4, 4], {"patience": 2}, 4),
