@@ -27,7 +27,7 @@ VALUES = {
     "model=hf": ["model.model=some/model"],
     "model=resnet": ["data=mnist5k"],
 }
-OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group != "tuned"]
 
 
 def blocks(node: Any, key: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -132,6 +132,11 @@ def test_override_grammar(config: Callable[..., DictConfig]) -> None:
     assert {"FreezeMask", "PruneMask"} <= {type(c).__name__ for c in _callbacks(both)}
     assert config("seed=7").mask.seed == 7
     assert config("seed=7").data.seed == 7
+    assert config().optimizer.lr == 1e-3
+    assert config("lr=2e-3").optimizer.lr == config("optimizer.lr=2e-3").optimizer.lr == 2e-3
+    assert config("mask=none").optimizer.lr < 1e-3
+    assert config("mask=none", "lr=5e-3").optimizer.lr == 5e-3
+    assert config("experiment=mnist_prune").optimizer.lr == 3e-3
     assert config("debug=limit", "experiment=mnist_prune").trainer.max_steps == 20
 
 
@@ -145,6 +150,10 @@ def test_sweeps_say_what_they_sweep() -> None:
             for key, values in OmegaConf.to_container(cfg.hydra.sweeper.params).items():  # type: ignore[union-attr]
                 for value in str(values).split(","):
                     compose("train", overrides=[f"{key}={value}"])
+
+
+def test_every_tuned_file_goes_with_a_mask() -> None:
+    assert set(GROUPS["tuned"]) <= set(GROUPS["mask"])
 
 
 def test_help_names_every_strategy() -> None:

@@ -19,7 +19,7 @@ CASES = [
     (["mask=fishr"], ["mask has no option 'fishr'", "nearest: fisher", "prune_gradual"]),
     (["mask.densty=0.1"], ["no key 'mask.densty'", "mask.density"]),
     (["density=0.1"], ["no key 'density'", "mask.density"]),
-    (["lr=0.1"], ["optimizer.lr"]),
+    (["weight_decay=0.1"], ["optimizer.weight_decay"]),
     (["trainer.max_stepz=1"], ["trainer.max_steps"]),
     (["mask=null"], ["mask=none"]),
     (["trainer.max_steps"], ["missing EQUAL"]),
