@@ -202,7 +202,11 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ms = {row["way"]: row["ms"] for row in rows}
     hand = min(ms["by hand: float multiply + restore"], ms["by hand: fill + restore"])
     return [
-        {"ratio": "ours, dense / by hand (float or fill, the faster)", "goal": 1.00, "measured": ms["ours, dense"] / hand},
+        {
+            "ratio": "ours, dense / by hand (float or fill, the faster)",
+            "goal": 1.00,
+            "measured": ms["ours, dense"] / hand,
+        },
         {
             "ratio": "ours, dense / by hand (boolean multiply)",
             "goal": None,
