@@ -1,6 +1,7 @@
 """Train by mask from a composed config: `lightning-mask-train`, `python -m lightning_mask.app.train`, or `train(cfg)`."""
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_mask.app import errors
@@ -151,6 +152,7 @@ def _callbacks(cfg: DictConfig) -> list[Callback]:
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
+    _keep_metrics(Path(cfg.paths.output_dir) / "metrics.csv")
     loggers: list[Logger] = [instantiate(block) for block in (cfg.get("logger") or {}).values() if block is not None]
     if not loggers:
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
@@ -175,6 +177,16 @@ def _start(cfg: DictConfig, callbacks: list[Callback]) -> str | None:
     if path is not None:
         rank_zero_info(f"going on from {path}")
     return path
+
+
+@rank_zero_only
+def _keep_metrics(file: Path) -> None:
+    """Move the figures of an earlier run in the same folder aside: the CSV logger would delete them."""
+    if file.exists():
+        number = 1
+        while file.with_suffix(f".{number}.csv").exists():
+            number += 1
+        file.rename(file.with_suffix(f".{number}.csv"))
 
 
 def _weights_to_test(cfg: DictConfig, callbacks: list[Callback]) -> tuple[str, str | None]:
@@ -208,6 +220,8 @@ def _job(cfg: DictConfig) -> float | None:
     """Run one job of the command line; a sweeper that searches gets the figure that it asked for."""
     with errors.task(), one_job():
         metrics = train(cfg)
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()  # else the next job of a sweep would go on with this one's run
         wanted = cfg.get("optimized_metric")
         if wanted is None:
             return None

@@ -79,6 +79,7 @@ def test_checkpoints_load_without_unpickling_and_resume(config: Config) -> None:
     train(again)
     assert summary_of(again)["mask"]["steps"] == 6
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert {"metrics.csv", "metrics.1.csv"} <= {f.name for f in checkpoints.parent.iterdir()}
 
     tested = config(*TINY, "train=false", f"ckpt_path={checkpoints / 'last.ckpt'}")
     assert set(train(tested)) == {"test/loss", "test/accuracy", "test/macro_f1"}
