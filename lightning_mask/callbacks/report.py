@@ -171,4 +171,5 @@ def _print_table(rows: list[Row]) -> None:
     total, count = sum(_numel(r) for r in rows), sum(r.active for r in rows)
     table.add_section()
     table.add_row("all", str(len(rows)), f"{total:,}", f"{count:,}", f"{count / max(total, 1):.2%}", "")
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
