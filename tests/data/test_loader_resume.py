@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from resume_cases import check
+from loader_cases import check
 
-SCRIPT = Path(__file__).with_name("resume_cases.py")
+SCRIPT = Path(__file__).with_name("loader_cases.py")
 
 
 def run(root: Path, devices: int, cases: list[dict]) -> list[str]:
