@@ -12,6 +12,20 @@ from pathlib import Path
 from typing import Any
 
 Function = Callable[..., Any]
+LEFT_BEHIND = (
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+)
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what Lightning left in it in other tests: a global seed there seeds all ranks alike."""
+    return {k: v for k, v in os.environ.items() if k not in LEFT_BEHIND} | {"OMP_NUM_THREADS": "1"}
 
 
 def free_port() -> int:

@@ -1,13 +1,13 @@
 """G5: two processes over gloo stay equal through every phase, reduce only what trains, and agree on every mask."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import clean_environment
 
 SCRIPT = Path(__file__).with_name("ddp_cases.py")
 TOTAL, HEAD, BLOCK, STEM = 494, 26, 180, 108
@@ -37,7 +37,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ddp")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder)],
-        env={**{k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}, "OMP_NUM_THREADS": "1"},
+        env=clean_environment(),
         capture_output=True,
         text=True,
         timeout=240,

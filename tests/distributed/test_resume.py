@@ -1,13 +1,13 @@
 """G6: a run killed after a checkpoint and resumed in a fresh process ends as one that was never stopped, bit for bit."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import clean_environment
 from resume_cases import CASES, TWO
 
 SCRIPT = Path(__file__).with_name("resume_cases.py")
@@ -19,7 +19,7 @@ RUNS += [(2, name, step) for name in TWO for step in CASES[name].kills]
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """One script for one rank, one for two, at the same time; each makes a fresh process for every run."""
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = clean_environment()
     scripts = {
         ranks: subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder), str(ranks)],
