@@ -76,7 +76,7 @@ class FreezeMask(MaskCallback):
         if self.selection.empty:
             raise ValueError("FreezeMask trains nothing: give it train=, score= and density=, or mask=.")
         self.refresh = parse_refresh(refresh, self.selection, "FreezeMask")
-        self.needs_reference = self.refresh is not None and may_need_reference(self.selection)
+        self.needs_reference = may_need_reference(self.selection)
         self._draws = 0
         self._every = 0
 

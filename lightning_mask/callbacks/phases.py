@@ -189,7 +189,7 @@ class PhaseUnfreeze(MaskCallback):
             )
         self.phases = phases
         self.engine = "dense" if any(p.engine == "dense" for p in phases) else "auto"
-        self.needs_reference = any(may_need_reference(p.selection) for p in phases[1:])
+        self.needs_reference = any(may_need_reference(p.selection) for p in phases)
 
     @property
     def phase(self) -> int:

@@ -65,7 +65,9 @@ class Classifier(LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits of a batch, [batch, classes]."""
-        raise NotImplementedError
+        raise TypeError(
+            f"{type(self).__name__} must define forward(batch) that returns logits of shape [batch, classes]."
+        )
 
     def mask_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, without logging: what a criterion that needs gradients is computed from."""

@@ -235,3 +235,19 @@ def test_summary_and_report_say_what_is_held() -> None:
     assert facts["held_checked"] == total - 62
     assert facts["held_changed"] == 0
     assert facts["steps"] == 16
+
+
+def test_a_criterion_of_the_user_finds_the_weights_from_the_start_in_a_mask_in_a_phase_and_in_a_ramp() -> None:
+    seen: list[float] = []
+
+    def farthest(params: Any, context: Any) -> Any:
+        scores = {name: (p - context.reference[name]).abs() for name, p in params.items()}
+        seen.append(max(float(score.max()) for score in scores.values()))
+        return scores
+
+    fit(Net(), FreezeMask("head", score=farthest, density=0.5))
+    assert seen == [0.0]  # chosen at the start, when nothing has moved
+    fit(Net(), PhaseUnfreeze([Phase("2 steps", score=farthest, density=0.5), Phase(score=farthest, density=0.5)]))
+    assert seen[1] == 0.0 < seen[2]
+    fit(Net(), PruneMask(0.5, score=farthest, start="2 steps", schedule="constant", scope="*weight"))
+    assert seen[3] > 0
