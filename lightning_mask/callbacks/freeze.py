@@ -77,14 +77,15 @@ class FreezeMask(MaskCallback):
             raise ValueError("FreezeMask trains nothing: give it train=, score= and density=, or mask=.")
         self.refresh = parse_refresh(refresh, self.selection, "FreezeMask")
         self.needs_reference = may_need_reference(self.selection)
+        recipe = {k: v for k, v in self.selection.recipe().items() if k != "batches"}
+        self._key = self._generate_state_key(recipe=json.dumps(recipe, sort_keys=True))  # Lightning asks at every hook
         self._draws = 0
         self._every = 0
 
     @property
     def state_key(self) -> str:
         """A key that tells several FreezeMasks apart and does not depend on how entries are held."""
-        recipe = {k: v for k, v in self.selection.recipe().items() if k != "batches"}
-        return self._generate_state_key(recipe=json.dumps(recipe, sort_keys=True))
+        return self._key
 
     def check(self, session: Session) -> None:
         """Refuse bad input before training."""

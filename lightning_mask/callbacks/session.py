@@ -66,6 +66,7 @@ class Session:
         self._in_window = self._epoch_ended = False
         self._epoch = -1
         self._facts: dict[str, float] = {}
+        self._logged: tuple[int, dict[str, float]] | None = None
 
     # Facts about the run.
 
@@ -365,6 +366,11 @@ class Session:
         rank_zero_info(line)
 
     def _log(self) -> None:
+        """Log when something changed and when an epoch begins; in between Lightning repeats what was logged last."""
+        now = (self.trainer.current_epoch, self._facts)
+        if now == self._logged:
+            return
+        self._logged = now
         shown = {key: value for key, value in self._facts.items() if key != "mask/active"}
         self.module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True)
         self.module.log("mask/active", self._facts["mask/active"], on_step=True, on_epoch=False)

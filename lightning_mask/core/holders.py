@@ -9,8 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_FEW_ACTIVE, _FEW_HELD = 0.01, 0.05
+_FEW_ACTIVE, _FEW_HELD = 0.005, 0.05
 """Up to these shares, touching entries one by one beats a pass over the tensor (scripts/benchmark.py holders)."""
+
+_MIXED = 0.1, 0.9
+"""Between these densities ``where`` guesses its branches wrong and bitwise operations are faster; outside, it is."""
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,12 +42,11 @@ def make_holder(tensor: Tensor, mask: Tensor, active: int) -> Holder:
         return _FewActive(tensor, mask)
     if tensor.numel() - active <= _FEW_HELD * tensor.numel():
         return _FewHeld(tensor, mask)
-    return _Bits(tensor, mask)
+    return _Bits(tensor, mask, mixed=_MIXED[0] < active / tensor.numel() < _MIXED[1])
 
 
 def _indices(mask: Tensor) -> Tensor:
-    found = mask.reshape(-1).nonzero().view(-1)
-    return found.to(torch.int32) if mask.numel() < 2**31 else found
+    return mask.reshape(-1).nonzero().view(-1)
 
 
 class _Where:
@@ -69,17 +71,17 @@ class _FewActive:
     def mask_gradient(self, gradient: Tensor) -> None:
         if not gradient.is_contiguous():
             dense = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device).view(-1)
-            dense.index_put_((self.index,), gradient.reshape(-1).index_select(0, self.index))
+            dense.index_copy_(0, self.index, gradient.reshape(-1).index_select(0, self.index))
             gradient.copy_(dense.view(gradient.shape))
             return
         flat = gradient.view(-1)
         kept = flat.index_select(0, self.index)
-        flat.zero_().index_put_((self.index,), kept)
+        flat.zero_().index_copy_(0, self.index, kept)
 
     def restore(self, tensor: Tensor) -> None:
         kept = tensor.view(-1).index_select(0, self.index)
         tensor.copy_(self.values)
-        tensor.view(-1).index_put_((self.index,), kept)
+        tensor.view(-1).index_copy_(0, self.index, kept)
 
 
 class _FewHeld:
@@ -92,20 +94,19 @@ class _FewHeld:
 
     def mask_gradient(self, gradient: Tensor) -> None:
         if gradient.is_contiguous():
-            zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
-            gradient.view(-1).index_put_((self.index,), zero)
+            gradient.view(-1).index_fill_(0, self.index, 0)
         else:
             gradient.masked_fill_(self.held, 0)
 
     def restore(self, tensor: Tensor) -> None:
-        tensor.view(-1).index_put_((self.index,), self.values)
+        tensor.view(-1).index_copy_(0, self.index, self.values)
 
 
 class _Bits:
     """Bitwise operations on the tensor seen as integers: the fastest pass over everything, and free of nan arithmetic."""
 
-    def __init__(self, tensor: Tensor, mask: Tensor) -> None:
-        self.mask = mask
+    def __init__(self, tensor: Tensor, mask: Tensor, mixed: bool) -> None:
+        self.mask, self.mixed = mask, mixed
         self.bits = self._as_bits(mask, tensor.element_size())
         self.values = self._view(tensor.detach()) & ~self.bits
 
@@ -123,4 +124,8 @@ class _Bits:
         self._view(gradient).bitwise_and_(bits)
 
     def restore(self, tensor: Tensor) -> None:
-        self._view(tensor).bitwise_and_(self.bits).bitwise_or_(self.values)
+        bits = self._view(tensor)
+        if self.mixed:
+            bits.bitwise_and_(self.bits).bitwise_or_(self.values)
+        else:
+            torch.where(self.mask, bits, self.values, out=bits)
