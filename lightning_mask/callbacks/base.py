@@ -133,6 +133,11 @@ class MaskCallback(Callback):
         if self._leads and self._session:
             self._session.correct(checkpoint)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember of which entries the optimizers' state in the checkpoint is."""
+        if self._leads and self._session:
+            self._session.remember(checkpoint)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold once more: weight averaging may have written its averages into the model when training ended."""
         if self._leads and self._session:

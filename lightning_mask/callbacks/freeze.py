@@ -34,7 +34,10 @@ class FreezeMask(MaskCallback):
         seed: Seed of random criteria.
         mask: Path of a mask file or a ``MaskSet``, instead of a criterion.
         refresh: Moment between re-selections, e.g. ``"100 steps"``; None: once.
-        engine: How entries are held: ``"auto"`` or ``"dense"``.
+        engine: How tensors are held of which some entries are active. ``"compact"``: the optimizer gets the active entries
+            alone, so its state has their size, and ``.grad`` of such a tensor is None after backward. ``"dense"``: the
+            gradient stays, with zeros at held entries. ``"auto"``: compact, unless the module or a callback of yours
+            has a hook that may read gradients, or optimizes by hand. See "What it costs" in the README.
 
     Raises:
         ValueError: If an argument is out of range, or nothing would train.

@@ -188,7 +188,8 @@ class PhaseUnfreeze(MaskCallback):
                 f"PhaseUnfreeze: the last phase ends ({phases[-1].until}) and nothing follows; leave its until out."
             )
         self.phases = phases
-        self.engine = "dense" if any(p.engine == "dense" for p in phases) else "auto"
+        asked = {phase.engine for phase in phases}
+        self.engine = next((engine for engine in ("dense", "compact") if engine in asked), "auto")
         self.needs_reference = any(may_need_reference(p.selection) for p in phases)
 
     @property

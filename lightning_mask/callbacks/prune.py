@@ -49,7 +49,7 @@ class PruneMask(MaskCallback):
             ticket); the learning rate goes on. None: weights go on too.
         batches: Number of training batches (per rank) shown to a criterion that needs data, at every update.
         seed: Seed of random criteria.
-        engine: How zeros are held: ``"auto"`` or ``"dense"``.
+        engine: As in ``FreezeMask``.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -60,6 +61,8 @@ class Session:
         self.phases = phased[0] if phased else None
         self.engine: MaskEngine | None = None
         self.closed = False
+        self.stored: MaskSet | None = None
+        self.engine_reason = ""
         self._reduced: set[str] = set()
         self._required: dict[str, bool] = {}
         self._reference: dict[str, Tensor] | None = None
@@ -242,9 +245,15 @@ class Session:
             return
         self.correct_averages()  # a callback that comes later may put them into the checkpoint
         self.engine.correct(checkpoint["state_dict"])
+        checkpoint[_STORED] = self.engine.compact.to_state()
         current = checkpoint.get("current_model_state")  # WeightAveraging keeps the model's own weights there
         if isinstance(current, dict):
             self.engine.correct(current)
+
+    def remember(self, checkpoint: dict[str, Any]) -> None:
+        """Take note of the masks by which the optimizers' state in a checkpoint is compact."""
+        stored = checkpoint.get(_STORED)
+        self.stored = None if stored is None else MaskSet.from_state(stored)
 
     def correct_averages(self) -> None:
         """Make the held entries of every weight average exact."""
@@ -319,11 +328,19 @@ class Session:
         alive = self._alive()
         combined = {**masks, **{name: both(masks[name], mask) for name, mask in alive.items()}}
         if self.engine is None:
-            way = "dense" if any(m.engine == "dense" for m in self.members) else "auto"
             self.zero_pruned()
+            way, self.engine_reason = choose_engine(self.trainer, self.module, {m.engine for m in self.members})
+            early = self.trainer.world_size == 1 and not any(p.regrow == "gradient" for p in self.pruners)
             self.engine = MaskEngine(
-                self.module, self.trainer.optimizers, combined, engine=way, guard=bool(self._averages)
+                self.module,
+                self.trainer.optimizers,
+                combined,
+                engine=way,
+                early=early,
+                guard=bool(self._averages),
+                stored=self.stored,
             )
+            self.stored = None
         else:
             self.engine.update(combined, zero={name: ~mask for name, mask in alive.items()})
         self.correct_averages()
@@ -385,6 +402,33 @@ class Session:
             self._facts["mask/sparsity"] = 1 - sum(p.masks.count() for p in self.pruners) / max(entries, 1)
         if self.phases is not None:
             self._facts["mask/phase"] = float(self.phases.phase)
+
+
+_STORED = "lightning_mask_compact"
+"""The key in a checkpoint of the masks by which the optimizers' state in it is compact."""
+
+
+def choose_engine(trainer: Trainer, module: LightningModule, asked: set[str]) -> tuple[str, str]:
+    """Return how partly held tensors are held, and why.
+
+    Compact, unless the user asked for dense, or code of theirs may read ``.grad`` after backward: that of a partly held
+    tensor is gone by then.
+    """
+    if "dense" in asked:
+        return "dense", "asked for"
+    if "compact" in asked:
+        return "compact", "asked for"
+    if not module.automatic_optimization:
+        return "dense", "manual optimization may read gradients"
+    hooks = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
+    for hook in hooks:
+        if is_overridden(hook, module):
+            return "dense", f"{type(module).__name__}.{hook} may read gradients"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        foreign = not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_mask."))
+        if foreign and any(getattr(type(callback), h, None) is not getattr(Callback, h) for h in hooks[:2]):
+            return "dense", f"{type(callback).__name__} may read gradients"
+    return "compact", "only active entries reach the optimizer"
 
 
 def _weights(module: LightningModule) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """MaskEngine: holds what the masks hold, exactly, in any PyTorch loop."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,20 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mask.core.compact import BREAK_EVEN, Compact, Slots, servable, widen_state
 from lightning_mask.core.holders import Holder, make_holder
 from lightning_mask.core.maskset import MaskSet, active
-from lightning_mask.core.optimizers import RateFactors, begin_state, moves_without_gradient, parameters_of, reset_state
+from lightning_mask.core.optimizers import (
+    RateFactors,
+    begin_state,
+    moves_without_gradient,
+    parameters_of,
+    reset_state,
+    wrap_closure,
+)
 from lightning_mask.core.patterns import aliases
 
-ENGINES = ("auto", "dense")
+ENGINES = ("auto", "compact", "dense")
 
 
 @dataclass
@@ -40,7 +48,15 @@ class MaskEngine:
         model: The module whose parameters are masked, by name.
         optimizers: The optimizer, or several, that hold the parameters; param groups keep number and order.
         masks: Name to boolean mask, True = may change. Parameters without a mask are left as they are.
-        engine: ``"auto"`` or ``"dense"``.
+        engine: How tensors are held of which some entries are active. ``"dense"``: held gradients are zeroed, and held
+            values put back after the step. ``"compact"``: the optimizer gets the active entries alone; its state has their
+            size, and ``.grad`` of such a tensor is None once its active entries are gathered, so clip and log the
+            gradients of the optimizer's parameters, not the model's. Tensors that are mostly active, and optimizers that
+            do not update each entry by itself, are held dense. ``"auto"`` is ``"dense"`` here, since a plain loop
+            may read ``.grad``; the callbacks choose by what they see.
+        early: With ``"compact"``, gather each gradient as soon as backward has accumulated it, which frees the memory
+            tensor by tensor; not for gradients that are still to be reduced over ranks.
+        stored: Masks by which the optimizer's state, loaded from a checkpoint, is compact.
         guard: Whether somebody else writes to the weights too (weight averaging does). Then copies are also kept of the
             tensors that are held whole and of the statistics of held normalisation modules, for :meth:`restore`.
 
@@ -68,9 +84,12 @@ class MaskEngine:
         masks: Mapping[str, Tensor],
         *,
         engine: str = "auto",
+        early: bool = False,
         guard: bool = False,
+        stored: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_engine(engine)
+        self._way, self._early, self._stored = engine, early, dict(stored or {})
         self.model, self._guard = model, guard
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.masks = MaskSet({})
@@ -82,12 +101,15 @@ class MaskEngine:
                 self._owners.setdefault(id(parameter), []).append(optimizer)
         self._required = {name: p.requires_grad for name, p in self._parameters.items()}
         self._holders: dict[str, Holder] = {}
+        self._compact: dict[str, Compact] = {}
+        self.refused: dict[str, str] = {}
         self._whole: dict[str, Holder] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
         self._norms: dict[nn.Module, list[RemovableHandle]] = {}
         self._rates: list[RateFactors] = []
         self._factors: dict[str, float] = {}
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in self.optimizers]
+        self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in self.optimizers]
         try:
             self._set(masks)
         except Exception:
@@ -100,11 +122,15 @@ class MaskEngine:
         return [name for name, p in self._parameters.items() if p.requires_grad]
 
     def after_backward(self) -> None:
-        """Write +0.0 over the gradient of every held entry; call it after the last backward of a step.
+        """Keep held gradients from the optimizer: gather the active ones, or write +0.0 over the held ones.
+
+        Call it after the last backward of a step.
 
         Raises:
             ValueError: If a partly held tensor has a sparse gradient.
         """
+        for compact in self._compact.values():
+            compact.gather()
         for name, holder in self._holders.items():
             gradient = self._parameters[name].grad
             if gradient is None:
@@ -132,8 +158,11 @@ class MaskEngine:
         masks = {**restored, **masks}
         for name, entries in (zero or {}).items():
             self._parameters[name].data.masked_fill_(entries.to(self._parameters[name].device), 0)
+        self._check(masks)
         for name, mask in masks.items():
-            if name in before:
+            if name in before and mask is not before[name] and not torch.equal(mask, before[name].to(mask.device)):
+                if name in self._compact:
+                    self._compact.pop(name).remove()
                 self._start_afresh(name, before[name], mask)
         self._set(masks)
 
@@ -147,12 +176,24 @@ class MaskEngine:
         if factors == self._factors:
             return
         self._factors = factors
+        self._apply_rates()
+
+    def _apply_rates(self) -> None:
+        by_tensor = {self._in_optimizer(name): factor for name, factor in self._factors.items()}
+        if by_tensor and not self._rates:
+            self._rates = [RateFactors(optimizer, by_tensor) for optimizer in self.optimizers]
         for rate in self._rates:
-            rate.remove()
-        self._rates = []
-        by_tensor: dict[Tensor, float] = {self._parameters[name]: factor for name, factor in factors.items()}
-        for optimizer in self.optimizers if factors else []:
-            self._rates.append(RateFactors(optimizer, by_tensor))
+            rate.change(by_tensor) if by_tensor else rate.remove()
+        self._rates = self._rates if by_tensor else []
+
+    def _in_optimizer(self, name: str) -> Tensor:
+        """The tensor that stands for a parameter in its optimizer."""
+        return self._compact[name].values if name in self._compact else self._parameters[name]
+
+    @property
+    def compact(self) -> MaskSet:
+        """The masks of the tensors of which the optimizer holds the active entries alone; save it beside its state."""
+        return MaskSet({name: self.masks[name] for name in self._compact})
 
     def summary(self) -> list[Row]:
         """Return one row for each parameter of the model, in its order."""
@@ -163,6 +204,11 @@ class MaskEngine:
 
         Entries are replaced, not written to, so that tensors shared with the live model stay untouched.
         """
+        for name, compact in self._compact.items():
+            for alias in self._aliases[name] if compact.ahead else []:
+                if prefix + alias in state_dict:
+                    value = state_dict[prefix + alias]
+                    state_dict[prefix + alias] = compact.slots.scatter_(compact.values.detach(), value.detach().clone())
         for name, holder in (self._holders | self._whole).items():
             for alias in self._aliases[name]:
                 value = state_dict.get(prefix + alias)
@@ -179,7 +225,7 @@ class MaskEngine:
             mask = self.masks.get(name, torch.tensor(True)).to(parameter.device)
             parameter.copy_(torch.where(mask, value.to(parameter.device), parameter))
             for owner in self._owners.get(id(parameter), []):
-                reset_state(owner, parameter)
+                reset_state(owner, self._in_optimizer(name))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -203,10 +249,12 @@ class MaskEngine:
             handle.remove()
         for rate in self._rates:
             rate.remove()
+        for compact in self._compact.values():
+            compact.remove()
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(self._required[name])
         self._hold_norms(set())
-        self._handles, self._rates, self._holders, self._whole = [], [], {}, {}
+        self._handles, self._rates, self._holders, self._whole, self._compact = [], [], {}, {}, {}
 
     def _exact(self, name: str, holder: Holder, value: Tensor) -> Tensor:
         """A copy of ``value`` with the held entries of the parameter of that name."""
@@ -218,7 +266,31 @@ class MaskEngine:
             exact = torch.where(mask, value.to(parameter.device), exact.to(value.dtype))
         return exact.to(value.device)
 
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take over what others wrote to the weights, at the last moment: after the closure, where there is one."""
+
+        def read() -> None:
+            for compact in self._compact.values():
+                if compact.optimizer is optimizer:
+                    compact.read()
+
+        def wrap(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                result = closure()
+                read()
+                return result
+
+            return run
+
+        wrapped = wrap_closure(args, kwargs, wrap)
+        if wrapped is None:
+            read()
+        return wrapped
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for compact in self._compact.values():
+            if compact.optimizer is optimizer:
+                compact.write()
         for name, holder in self._holders.items():
             parameter = self._parameters[name]
             if any(owner is optimizer for owner in self._owners.get(id(parameter), [])):
@@ -239,15 +311,50 @@ class MaskEngine:
             elif not trains and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            for owner in owners:
-                begin_state(owner, parameter) if trains else reset_state(owner, parameter)
+            if not trains:
+                for owner in owners:
+                    reset_state(owner, parameter)
             partly = 0 < count < parameter.numel()
-            if partly or (not trains and any(moves_without_gradient(owner) for owner in owners)):
-                self._holders[name] = make_holder(parameter.data, mask.to(parameter.device), count)
-            elif self._guard and not trains:
-                self._whole[name] = make_holder(parameter.data, mask.to(parameter.device), count)
+            mask = mask.to(parameter.device)
+            if name in self._stored and not torch.equal(self._stored[name].to(parameter.device), mask):
+                self._widen(name)
+            if partly:
+                self._hold(name, mask, count)
+            elif not trains and any(moves_without_gradient(owner) for owner in owners):
+                self._holders[name] = make_holder(parameter.data, mask, count)
+            if self._guard and name not in self._holders and (partly or not trains):
+                self._whole[name] = make_holder(parameter.data, mask, count)
+            for owner in owners if trains else []:
+                begin_state(owner, self._in_optimizer(name))
         self.masks = changed
+        self._stored = {}
         self._hold_norms(self._held_norms())
+        if self._rates:
+            self._apply_rates()
+
+    def _hold(self, name: str, mask: Tensor, count: int) -> None:
+        """Hold a tensor of which some entries are active."""
+        if name in self._compact:  # its mask did not change
+            return
+        parameter, owners = self._parameters[name], self._owners[id(self._parameters[name])]
+        if self._way == "compact" and count <= BREAK_EVEN * parameter.numel():
+            reason = servable(owners[0], parameter) if len(owners) == 1 else "several optimizers hold it"
+            slots = Slots(mask) if reason is None else None
+            if slots is not None and slots.size <= BREAK_EVEN * parameter.numel():
+                self._compact[name] = Compact(name, parameter, slots, owners[0], self._early)
+                return
+            if reason is not None:
+                self.refused[name] = reason
+        if name in self._stored:
+            self._widen(name)
+        self._holders[name] = make_holder(parameter.data, mask, count)
+
+    def _widen(self, name: str) -> None:
+        """Make an optimizer's state dense that a checkpoint brought for the active entries of a compact tensor."""
+        parameter = self._parameters[name]
+        slots = Slots(self._stored.pop(name).to(parameter.device))
+        for owner in self._owners.get(id(parameter), []):
+            widen_state(owner, parameter, slots)
 
     def _check(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -281,7 +388,8 @@ class MaskEngine:
         n = parameter.numel()
         count = active(self.masks[name]) if name in self.masks else n * parameter.requires_grad
         whole = "requires_grad" if count == 0 and n else "-"
-        held_by = "dense" if name in self._holders and count else whole
+        part = "compact" if name in self._compact else "dense"
+        held_by = part if 0 < count < n and name in self.masks else whole
         return Row(name, tuple(parameter.shape), count, count / n if n else 0.0, held_by)
 
     def _held_norms(self) -> set[nn.Module]:

@@ -25,6 +25,12 @@ _INITIAL: list[tuple[type[Optimizer], str, Callable[[Mapping[str, Any]], float]]
 """Per-entry state that does not start from zero: optimizer class, state key, value by param group."""
 
 
+def initial_value(optimizer: Optimizer, parameter: Tensor, key: str) -> float:
+    """Return the value that an entry's state ``key`` starts from; ``parameter`` is one of the optimizer's."""
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return next((f(group) for cls, k, f in _INITIAL if k == key and isinstance(optimizer, cls)), 0.0)
+
+
 def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None = None) -> None:
     """Start the optimizer's state of ``parameter`` afresh: all of it, or that of some entries.
 
@@ -45,12 +51,11 @@ def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None 
     ):  # Adagrad makes its state only when it is made
         del optimizer.state[parameter]
         return
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue
         if value.shape == parameter.shape:
-            initial = next((f(group) for cls, k, f in _INITIAL if k == key and isinstance(optimizer, cls)), 0.0)
+            initial = initial_value(optimizer, parameter, key)
             value.fill_(initial) if entries is None else value.masked_fill_(entries.to(value.device), initial)
         elif entries is None and key == "step":
             value.zero_()
@@ -67,6 +72,17 @@ def begin_state(optimizer: Optimizer, parameter: Tensor) -> None:
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     if group.get("fused") and group["momentum"] and any("momentum_buffer" in s for s in optimizer.state.values()):
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def wrap_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], wrap: Callable[[Callable[[], Any]], Callable[[], Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """In a step pre-hook: return the arguments of ``step`` with its closure wrapped, or None if it was given none."""
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], wrap(args[1]), *args[2:]), kwargs
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": wrap(kwargs["closure"])}
+    return None
 
 
 class RateFactors:
@@ -86,20 +102,28 @@ class RateFactors:
 
     def __init__(self, optimizer: Optimizer, factors: Mapping[Tensor, float]) -> None:
         self.optimizer = optimizer
-        self._factors = {id(p): f for p, f in factors.items()}
         self._own: list[dict[str, Any]] | None = None
         self._parts_meanwhile: list[dict[str, Any]] | None = None
-        values = {self._factors.get(id(p), 1.0) for p in parameters_of(optimizer)}
-        if len(values) > 1 and isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS takes one learning rate for all tensors; give lr_scale one number that covers them all."
-            )
+        self.change(factors)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._join),
             optimizer.register_state_dict_pre_hook(self._show_own),
             optimizer.register_state_dict_post_hook(self._hide_own),
         ]
+
+    def change(self, factors: Mapping[Tensor, float]) -> None:
+        """Use these factors from the next update on.
+
+        Raises:
+            ValueError: As the constructor does.
+        """
+        self._factors = {id(p): f for p, f in factors.items()}
+        values = {self._factors.get(id(p), 1.0) for p in parameters_of(self.optimizer)}
+        if len(values) > 1 and isinstance(self.optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS takes one learning rate for all tensors; give lr_scale one number that covers them all."
+            )
 
     def remove(self) -> None:
         """Take the hooks away and leave the groups as they were."""
@@ -109,11 +133,7 @@ class RateFactors:
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._split()
-        if len(args) > 1 and callable(args[1]):
-            return (args[0], self._apart(args[1]), *args[2:]), kwargs
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._apart(kwargs["closure"])}
-        return None
+        return wrap_closure(args, kwargs, self._apart)
 
     def _apart(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:

@@ -45,7 +45,10 @@ AT_ONCE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: FreezeMask(score="random", density=0.5, allocation="glob"),
         r"allocation='glob' is unknown; there are .*global",
     ),
-    "unknown engine": (lambda: FreezeMask("head", engine="fast"), r"engine='fast' is unknown; there are auto, dense"),
+    "unknown engine": (
+        lambda: FreezeMask("head", engine="fast"),
+        r"engine='fast' is unknown; there are auto, compact, dense",
+    ),
     "empty pattern": (lambda: FreezeMask(""), r"A pattern must be a non-empty string"),
     "refresh of a pattern": (lambda: FreezeMask("head", refresh="3 steps"), r"refresh needs a criterion"),
     "refresh is no moment": (

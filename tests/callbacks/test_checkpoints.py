@@ -37,11 +37,13 @@ class Interrupted(Net):
             signal.raise_signal(signal.SIGUSR2)
 
 
+@pytest.mark.parametrize("engine", ["compact", "dense"])
 @pytest.mark.parametrize("at", [3, 8, 13])
-def test_a_checkpoint_written_by_a_signal_in_the_middle_of_a_step_is_exact(at: int) -> None:
+def test_a_checkpoint_written_by_a_signal_in_the_middle_of_a_step_is_exact(at: int, engine: str) -> None:
     net = Interrupted(at)
     before = weights(net)
     callbacks, live = ours(), []
+    callbacks[0].engine = engine
 
     class Handler(Watch):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -69,7 +71,7 @@ def test_a_checkpoint_written_by_a_signal_in_the_middle_of_a_step_is_exact(at: i
             still = held[name] & ~zero
             assert torch.equal(value[still], before[name][still]), name
             inexact |= bool((live[0][name][still] != before[name][still]).any())
-    assert inexact or at == 8, "the signal came at a moment when everything was exact anyway"
+    assert inexact or at == 8 or engine == "compact", "the signal came at a moment when everything was exact anyway"
     resumed = Net()
     fit(resumed, *ours(), ckpt="mid.ckpt")
     zeros = ~callbacks[1].masks["blocks.1.lin.weight"]

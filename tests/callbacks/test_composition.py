@@ -224,7 +224,7 @@ def test_summary_and_report_say_what_is_held() -> None:
         "shape": (12, 12),
         "active": 36,
         "density": 0.25,
-        "held by": "dense",
+        "held by": "compact",
     }
     assert (by_name["head.weight"]["held by"], by_name["head.weight"]["density"]) == ("-", 1.0)
     assert (by_name["stem.weight"]["held by"], by_name["stem.weight"]["active"]) == ("requires_grad", 0)

@@ -318,7 +318,7 @@ def test_release_leaves_nothing():
             lambda n, o: MaskEngine(n, o, {"a.bias": torch.full((20,), 0.5)}),
             "a.bias: a mask must hold only zeros and ones",
         ),
-        (lambda n, o: MaskEngine(n, o, {}, engine="fast"), "engine='fast' is unknown; there are auto, dense"),
+        (lambda n, o: MaskEngine(n, o, {}, engine="fast"), "engine='fast' is unknown; there are auto, compact, dense"),
     ],
 )
 def test_what_cannot_be_held_is_refused_and_leaves_nothing(

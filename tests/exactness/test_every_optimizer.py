@@ -3,7 +3,21 @@ import copy
 import pytest
 import torch
 from optimizer_cases import OptimizerCase, optimizer_cases
-from plain_and_ours import Net, Task, fit, make_batches, make_masks, make_net, moved, prefixed, reference, same, trained
+from plain_and_ours import (
+    ENGINES,
+    Net,
+    Setting,
+    Task,
+    fit,
+    make_batches,
+    make_masks,
+    make_net,
+    moved,
+    prefixed,
+    reference,
+    same,
+    trained,
+)
 from torch import Tensor
 
 from lightning_mask import MaskSet, Phase, PhaseUnfreeze
@@ -35,15 +49,16 @@ def test_the_masks_use_every_way_of_holding():
     assert held_by["head.weight"] == "-"
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_held_is_held_and_active_trains_as_if_the_rest_were_constants(case: OptimizerCase):
+def test_held_is_held_and_active_trains_as_if_the_rest_were_constants(case: OptimizerCase, engine: str):
     """Three free steps give the optimizer momentum, then the mask comes into force."""
     net, masks, names = setup(case)
     plain, batches = copy.deepcopy(net), make_batches()
     start, _ = reference(plain, case.make, batches, masks, free=FREE)
     own = prefixed(masks)
     phases = [Phase(f"{FREE} steps", train=[f"net.{name}" for name in names]), Phase(mask=MaskSet(own))]
-    fit(Task(net, case.make), [PhaseUnfreeze(phases)], batches)
+    fit(Task(net, case.make), [PhaseUnfreeze(phases)], batches, Setting(engine=engine))
     assert moved(net, start, masks) == []
     assert same(net, plain) == []
     assert trained(net, start, masks) >= sum(int(m.sum()) for m in masks.values()) // 2

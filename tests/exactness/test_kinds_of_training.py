@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from plain_and_ours import (
+    ENGINES,
     Batch,
     Setting,
     Task,
@@ -36,12 +37,13 @@ def half(shape: tuple[int, ...], seed: int = 3) -> Tensor:
 
 
 def check_against_reference(net: nn.Module, masks: dict[str, Tensor], batches: list[Batch], **more: Any) -> None:
-    plain = copy.deepcopy(net)
-    start, _ = reference(plain, adamw, batches, masks)
-    fit(Task(net), [FreezeMask(mask=MaskSet(prefixed(masks)))], batches, **more)
-    assert moved(net, start, masks) == []
-    assert same(net, plain) == []
-    assert trained(net, start, masks) > 0
+    for engine in ENGINES:
+        ours, plain = copy.deepcopy(net), copy.deepcopy(net)
+        start, _ = reference(plain, adamw, batches, masks)
+        fit(Task(ours), [FreezeMask(mask=MaskSet(prefixed(masks)))], batches, Setting(engine=engine), **more)
+        assert moved(ours, start, masks) == []
+        assert same(ours, plain) == []
+        assert trained(ours, start, masks) > 0
 
 
 class Tied(nn.Module):

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from plain_and_ours import (
+    ENGINES,
     Net,
     Setting,
     Task,
@@ -21,6 +22,7 @@ from plain_and_ours import (
     reference,
     same,
     trained,
+    ulps,
 )
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -29,16 +31,16 @@ from lightning_mask import FreezeMask, MaskSet
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
 SETTINGS = [
-    Setting(precision, clip, by, accumulate)
-    for precision, (clip, by), accumulate in itertools.product(
-        PRECISIONS, ((None, "norm"), (0.05, "norm"), (0.003, "value")), (1, 2)
+    Setting(precision, clip, by, accumulate, engine)
+    for precision, (clip, by), accumulate, engine in itertools.product(
+        PRECISIONS, ((None, "norm"), (0.05, "norm"), (0.003, "value")), (1, 2), ENGINES
     )
 ]
 
 
 def name(setting: Setting) -> str:
     clip = f"clip by {setting.clip_by}" if setting.clip else "no clip"
-    return f"{setting.precision}, {clip}, accumulate {setting.accumulate}"
+    return f"{setting.precision}, {clip}, accumulate {setting.accumulate}, {setting.engine}"
 
 
 def ours(
@@ -61,7 +63,11 @@ def test_equal_to_the_reference_loop(setting: Setting):
     trainer = ours(setting, net, masks)
     assert net.head.weight.dtype == (torch.bfloat16 if setting.precision == "bf16-true" else torch.float32)
     assert moved(net, start, masks) == []
-    assert same(net, plain) == []
+    if setting.engine == "compact" and setting.clip and setting.clip_by == "norm":
+        # the norm's last bit depends on the order in which the squares are summed: one rounding of the factor a step
+        assert ulps(net, plain) <= trainer.global_step
+    else:
+        assert same(net, plain) == []
     assert trained(net, start, masks) > 100
     if scaler is not None:
         assert trainer.precision_plugin.scaler.state_dict() == scaler.state_dict()
@@ -115,6 +121,9 @@ def test_a_bad_gradient_in_an_active_entry_is_the_users_affair(setting: Setting,
             trainer = ours(setting, net, masks)
     plain, net = nets
     assert moved(net, start, masks) == []
+    for each in nets:
+        for p in each.parameters():  # which bits a nan has is not said anywhere
+            p.detach()[p.isnan()] = float("nan")
     assert same(net, plain) == []
     if scaler is None:
         assert not torch.isfinite(net.some.weight).all()
@@ -164,9 +173,10 @@ def test_held_bits_of_every_kind_stay():
 @pytest.mark.parametrize("spoil", [False, True])
 @pytest.mark.parametrize("way", ["foreach", "fused"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_foreach_and_fused_in_every_precision(precision: str, way: str, spoil: bool):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_foreach_and_fused_in_every_precision(engine: str, precision: str, way: str, spoil: bool):
     """A fused optimizer unscales by itself under a gradient scaler; it must not see held gradients either."""
-    net, masks, setting = make_net(), make_masks(), Setting(precision)
+    net, masks, setting = make_net(), make_masks(), Setting(precision, engine=engine)
     plain = copy.deepcopy(net)
 
     def optimizer(parameters: Iterable[Any]) -> Optimizer:

@@ -1,0 +1,181 @@
+"""Compact: the active entries of a tensor as a 1-D parameter, which takes the dense one's place in the optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mask.core.optimizers import initial_value
+
+ELEMENTWISE: tuple[type[Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+)
+"""Optimizers whose update of an entry depends on that entry alone, so that the others may be left out."""
+
+BREAK_EVEN = 0.5
+"""Up to this density a compact tensor takes no more time, and less memory, than a dense one (scripts/benchmark.py density)."""
+
+_LANES = 16
+
+
+class Slots:
+    """Where the active entries of a dense tensor stand in the compact one.
+
+    The optimizers' CPU kernels work on vectors and round the entries left over at a tensor's end in another way. So
+    that each entry is rounded as it would be in the dense tensor, the compact one is filled up to whole vectors, and the
+    dense tensor's last incomplete vector, where it has active entries, is its last one too.
+
+    Args:
+        mask: Boolean, of the dense tensor's shape, True = active.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape, n = mask.shape, mask.numel()
+        index = mask.reshape(-1).nonzero().view(-1)
+        self.body = int((index < n - n % _LANES).sum())
+        start = -(-self.body // _LANES) * _LANES
+        self.tail = index[self.body :] - (n - n % _LANES) + start
+        self.size = start + (n % _LANES if len(self.tail) else 0)
+        self.index = index.to(torch.int32) if n < 2**31 else index
+
+    def gather(self, dense: Tensor, fill: float = 0.0) -> Tensor:
+        """Return the (size,) tensor of the active entries of ``dense``; ``fill`` stands where there is none."""
+        index, flat = self.index.to(dense.device), dense.reshape(-1)
+        compact = torch.empty(self.size, dtype=dense.dtype, device=dense.device)
+        compact[self.body :] = fill
+        torch.index_select(flat, 0, index[: self.body], out=compact[: self.body])
+        if len(self.tail):
+            compact[self.tail.to(dense.device)] = flat.index_select(0, index[self.body :])
+        return compact
+
+    def scatter_(self, compact: Tensor, dense: Tensor) -> Tensor:
+        """Write the active entries into ``dense`` (contiguous) and return it; its other entries are not touched."""
+        values = compact[: self.body]
+        if len(self.tail):
+            values = torch.cat([values, compact[self.tail.to(compact.device)]])
+        dense.view(-1).index_put_((self.index.to(dense.device),), values)
+        return dense
+
+    def scatter(self, compact: Tensor, fill: float = 0.0) -> Tensor:
+        """Return a dense tensor with the active entries of ``compact``, and ``fill`` elsewhere."""
+        dense = torch.full(self.shape, fill, dtype=compact.dtype, device=compact.device)
+        return self.scatter_(compact, dense)
+
+
+def servable(optimizer: Optimizer, parameter: Tensor) -> str | None:
+    """Return None if the active entries of ``parameter`` can be handed to ``optimizer`` alone, else why they cannot."""
+    if type(optimizer) not in ELEMENTWISE:
+        return f"{type(optimizer).__name__} is not known to update each entry by itself"
+    if not parameter.is_contiguous():
+        return "its memory is not contiguous"
+    return "it is complex" if parameter.is_complex() else None
+
+
+class Compact:
+    """Trains the active entries of one tensor through a 1-D parameter of their values.
+
+    After backward their gradients are gathered and the dense gradient is freed; after the step the values are scattered
+    back. The optimizer never sees a held entry, so none can move, and its state has the size of what is active.
+
+    Args:
+        name: The parameter's name, for errors.
+        parameter: The dense parameter, contiguous.
+        slots: Where its active entries stand.
+        optimizer: The elementwise optimizer that holds it; its group keeps its place, and its state is carried over.
+        early: Gather as soon as backward has accumulated the gradient (not where it is still to be reduced over ranks).
+
+    ``ahead`` says whether the optimizer may have changed the values since the dense parameter was last written.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, slots: Slots, optimizer: Optimizer, early: bool) -> None:
+        self.name, self.parameter, self.optimizer, self.slots = name, parameter, optimizer, slots
+        self.values = nn.Parameter(slots.gather(parameter.detach()))
+        self.ahead = False
+        self._put(parameter, self.values)
+        if not is_compact(optimizer.state.get(parameter, {}), parameter, slots):
+            _convert(optimizer, parameter, self.values, slots.gather)
+        elif parameter in optimizer.state:
+            optimizer.state[self.values] = optimizer.state.pop(parameter)
+        self._hook = parameter.register_post_accumulate_grad_hook(lambda _: self.gather()) if early else None
+        self.gather()
+
+    def gather(self) -> None:
+        """Move the gradient of the active entries to the compact parameter, and free the dense one.
+
+        Raises:
+            ValueError: If the gradient is sparse.
+        """
+        dense = self.parameter.grad
+        if dense is None:
+            return
+        if dense.is_sparse:
+            raise ValueError(
+                f"{self.name} is held in part and has a sparse gradient; make its layer with sparse=False."
+            )
+        gradient = self.slots.gather(dense.detach())
+        if self.values.grad is None:
+            self.values.grad = gradient
+        else:
+            self.values.grad.add_(gradient)
+        self.parameter.grad = None
+
+    def read(self) -> None:
+        """Take the values from the dense parameter, which others may have written to."""
+        self.values.data.copy_(self.slots.gather(self.parameter.detach()))
+        self.ahead = True
+
+    def write(self) -> None:
+        """Put the values into the dense parameter; no other entry is touched."""
+        self.slots.scatter_(self.values.detach(), self.parameter.detach())
+        self.ahead = False
+
+    def remove(self) -> None:
+        """Give the dense parameter its place back, with the state and gradient of the active entries, zero elsewhere."""
+        if self._hook is not None:
+            self._hook.remove()
+        if self.values.grad is not None:
+            self.parameter.grad = self.slots.scatter(self.values.grad)
+        self._put(self.values, self.parameter)
+        _convert(self.optimizer, self.values, self.parameter, self.slots.scatter)
+
+    def _put(self, old: Tensor, new: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+
+
+def is_compact(state: dict[str, Any], parameter: Tensor, slots: Slots) -> bool:
+    """Whether an optimizer's state is of the active entries alone (a dense tensor is never of a compact one's size)."""
+    return any(isinstance(v, Tensor) and v.shape == (slots.size,) != tuple(parameter.shape) for v in state.values())
+
+
+def widen_state(optimizer: Optimizer, parameter: Tensor, slots: Slots) -> None:
+    """Give a dense parameter dense state where a checkpoint of a compact run brought that of the active entries."""
+    state = optimizer.state.get(parameter, {})
+    if not is_compact(state, parameter, slots):
+        return
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == (slots.size,):
+            state[key] = slots.scatter(value, initial_value(optimizer, parameter, key))
+
+
+def _convert(optimizer: Optimizer, old: Tensor, new: Tensor, change: Callable[[Tensor, float], Tensor]) -> None:
+    """Move the state of ``old`` to ``new``; tensors of the shape of ``old`` are changed, everything else is kept."""
+    if old not in optimizer.state:
+        return
+    state: dict[str, Any] = optimizer.state.pop(old)
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == old.shape:
+            state[key] = change(value, initial_value(optimizer, new, key))
+    optimizer.state[new] = state
