@@ -180,7 +180,7 @@ class PruneMask(MaskCallback):
         if due is None or due[0] <= self._updated:
             return None
         self._updated, progress = due
-        sparsity = self.sparsity * self._shape(progress)
+        sparsity = max(self.sparsity * self._shape(progress), self._last)  # a longer run's ramp may lie below at first
         if sparsity == self._last and self.regrow is None:
             return None
         self._last = sparsity

@@ -10,8 +10,19 @@ from lightning.pytorch.loggers import CSVLogger
 from mask_nets import Net, Stream, Watch, changed, fit, loader, moved, names, trainer, weights
 from torch.utils.data import DataLoader
 
-from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 from lightning_mask.callbacks import RunReport
+
+
+class Stop(Watch):
+    """End the run after that many steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
 
 
 def all_three() -> list[Any]:
@@ -210,8 +221,48 @@ def test_the_report_raises_no_false_alarm() -> None:
     assert facts["held_checked"] > 300
     assert facts["sparsity"] == 0.5
     assert [entry["step"] for entry in facts["phases"]] == [0, 8]
-    from lightning_mask import MaskSet
-
     saved = MaskSet.load("out/masks.safetensors")
     assert saved.count() == facts["active"]
     assert torch.equal(saved["stem.weight"], prune.masks["stem.weight"])
+
+
+@pytest.mark.parametrize("regrow", [None, "random"])
+def test_a_run_resumed_with_more_epochs_prunes_no_less_than_before(regrow: str | None) -> None:
+    """The ramp of a longer run lies below what is pruned already, for a while."""
+
+    def prune() -> PruneMask:
+        return PruneMask(0.9, scope="blocks.*.lin.weight", regrow=regrow)
+
+    class Dead(Watch):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            dead.append(~trainer.callbacks[0].masks)
+            parameters = dict(pl_module.named_parameters())
+            assert not any(bool((parameters[n][m] != 0).any()) for n, m in dead[-1].items())
+
+    dead: list[MaskSet] = []
+    run = fit(Net(), prune(), Dead(), max_epochs=2)
+    run.save_checkpoint("two.ckpt")
+    before = dead[-1]
+    dead.clear()
+    fit(Net(), prune(), Dead(), max_epochs=20, ckpt="two.ckpt")
+    assert [masks.count() for masks in dead] == [259] * 18 * 8
+    assert all(masks == before for masks in dead) == (regrow is None)
+
+
+def test_a_ramp_that_a_longer_run_goes_on_with_rises_from_where_it_stood() -> None:
+    counts: list[int] = []
+
+    class Zeros(Watch):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            counts.append(sum(int((block.lin.weight == 0).sum()) for block in pl_module.blocks))
+
+    def prune() -> PruneMask:
+        return PruneMask(0.9, scope="blocks.*.lin.weight", schedule="linear", every="1 steps")
+
+    run = fit(Net(), prune(), Stop(8), max_epochs=4)  # half way through its ramp, as by a time limit
+    run.save_checkpoint("half.ckpt")
+    fit(Net(), prune(), Zeros(), max_epochs=8, ckpt="half.ckpt")
+    assert counts == sorted(counts)
+    assert counts[0] == 113  # floor(0.9 * 7 / 16 * 288 + 0.5), as at the last step before
+    assert counts[-1] == 259
+    assert len(set(counts)) > 10
