@@ -82,6 +82,7 @@ class MaskCallback(Callback):
         """Join the session of this fit."""
         if stage != "fit":
             return
+        self._restored, self._shared = False, None  # a checkpoint that was only tested is not resumed from
         members = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
         first = members[0]._session
         if first is None or first.trainer is not trainer or first.closed:
@@ -107,6 +108,11 @@ class MaskCallback(Callback):
         """Apply the masks to the reduced gradients, before they are clipped."""
         if self._leads and self._session:
             self._session.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Apply the masks where no backward of Lightning's came before this step."""
+        if self._leads and self._session:
+            self._session.before_step()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make weight averages exact before they are looked at."""

@@ -62,11 +62,11 @@ class Session:
         self.engine: MaskEngine | None = None
         self.closed = False
         self.stored: MaskSet | None = None
-        self.engine_reason = ""
+        self.engine_reason = ("dense", "")
         self._reduced: set[str] = set()
         self._required: dict[str, bool] = {}
         self._reference: dict[str, Tensor] | None = None
-        self._in_window = self._epoch_ended = False
+        self._in_window = self._applied = self._epoch_ended = False
         self._epoch = -1
         self._facts: dict[str, float] = {}
         self._logged: tuple[int, dict[str, float]] | None = None
@@ -185,9 +185,18 @@ class Session:
         for member in self.members:
             member._shared, member._restored = None, False
         self.tell("on_masks_changed", "start")
+        for line in self.how_held():
+            self.say(line)
         count, total = self._facts["mask/active"], sum(p.numel() for p in self.module.parameters())
         names = ", ".join(dict.fromkeys(type(m).__name__ for m in self.members))
         self.say(f"{names}: {count:,.0f} of {total:,} entries train ({count / max(total, 1):.2%})")
+
+    def how_held(self) -> list[str]:
+        """Return, one line each, how tensors are held of which some entries are active, and why; empty without any."""
+        assert self.engine is not None
+        if not any(0 < row.density < 1 for row in self.engine.summary()):
+            return []
+        return [f"Scattered entries are held {self.engine_reason[0]}: {self.engine_reason[1]}", *self.engine.remarks()]
 
     def before_batch(self) -> None:
         """Put new phases and redrawn masks in force, between two optimizer steps."""
@@ -214,9 +223,19 @@ class Session:
         """Prune when it is time, then write zeros over held gradients; on the last micro-batch of a step only."""
         automatic = self.module.automatic_optimization
         self._in_window = automatic and self.trainer.fit_loop._should_accumulate()
-        if self._in_window:
-            return
+        if not self._in_window:
+            self._apply()
+
+    def before_step(self) -> None:
+        """Do the same where a step comes without it: the last micro-batch has no loss, or the user calls ``backward``."""
+        if not self._applied:
+            self._in_window = False
+            self._apply()
+        self._applied = False
+
+    def _apply(self) -> None:
         assert self.engine is not None
+        self._applied = True
         changed = [reason for pruner in self.pruners if (reason := pruner.prune(self))]
         if changed:
             self.tell("on_masks_changing", "; ".join(changed))
@@ -329,13 +348,13 @@ class Session:
         combined = {**masks, **{name: both(masks[name], mask) for name, mask in alive.items()}}
         if self.engine is None:
             self.zero_pruned()
-            way, self.engine_reason = choose_engine(self.trainer, self.module, {m.engine for m in self.members})
+            self.engine_reason = choose_engine(self.trainer, self.module, {m.engine for m in self.members})
             early = self.trainer.world_size == 1 and not any(p.regrow == "gradient" for p in self.pruners)
             self.engine = MaskEngine(
                 self.module,
                 self.trainer.optimizers,
                 combined,
-                engine=way,
+                engine=self.engine_reason[0],
                 early=early,
                 guard=bool(self._averages),
                 stored=self.stored,
@@ -415,20 +434,20 @@ def choose_engine(trainer: Trainer, module: LightningModule, asked: set[str]) ->
     tensor is gone by then.
     """
     if "dense" in asked:
-        return "dense", "asked for"
+        return "dense", "engine='dense' was asked for"
     if "compact" in asked:
-        return "compact", "asked for"
+        return "compact", "engine='compact' was asked for; .grad of such a tensor is None after backward"
     if not module.automatic_optimization:
         return "dense", "manual optimization may read gradients"
     hooks = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
     for hook in hooks:
         if is_overridden(hook, module):
-            return "dense", f"{type(module).__name__}.{hook} may read gradients"
+            return "dense", f"{type(module).__name__}.{hook} may read gradients (engine='compact' if it does not)"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         foreign = not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_mask."))
         if foreign and any(getattr(type(callback), h, None) is not getattr(Callback, h) for h in hooks[:2]):
-            return "dense", f"{type(callback).__name__} may read gradients"
-    return "compact", "only active entries reach the optimizer"
+            return "dense", f"{type(callback).__name__} may read gradients (engine='compact' if it does not)"
+    return "compact", "only active entries reach the optimizer; .grad of such a tensor is None after backward"
 
 
 def _weights(module: LightningModule) -> dict[str, Tensor]:

@@ -102,7 +102,8 @@ class MaskEngine:
         self._required = {name: p.requires_grad for name, p in self._parameters.items()}
         self._holders: dict[str, Holder] = {}
         self._compact: dict[str, Compact] = {}
-        self.refused: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
+        self._held: set[str] = set()
         self._whole: dict[str, Holder] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
         self._norms: dict[nn.Module, list[RemovableHandle]] = {}
@@ -129,6 +130,11 @@ class MaskEngine:
         Raises:
             ValueError: If a partly held tensor has a sparse gradient.
         """
+        for name in self._held:
+            parameter = self._parameters[name]
+            if parameter.requires_grad:  # Lightning's untoggle_optimizer gives back what it saw before the masks changed
+                parameter.requires_grad_(False)
+                parameter.grad = None
         for compact in self._compact.values():
             compact.gather()
         for name, holder in self._holders.items():
@@ -156,9 +162,9 @@ class MaskEngine:
         before = self.masks
         restored = {name: torch.ones_like(m) for name, m in before.items() if name not in masks}
         masks = {**restored, **masks}
+        self._check(masks)
         for name, entries in (zero or {}).items():
             self._parameters[name].data.masked_fill_(entries.to(self._parameters[name].device), 0)
-        self._check(masks)
         for name, mask in masks.items():
             if name in before and mask is not before[name] and not torch.equal(mask, before[name].to(mask.device)):
                 if name in self._compact:
@@ -198,6 +204,17 @@ class MaskEngine:
     def summary(self) -> list[Row]:
         """Return one row for each parameter of the model, in its order."""
         return [self._row(name, p) for name, p in self._parameters.items()]
+
+    def remarks(self) -> list[str]:
+        """Return, one line each, why tensors of which some entries are active are not held as ``engine`` says."""
+        by_reason: dict[str, list[str]] = {}
+        for name in self._holders if self._way == "compact" else []:
+            if self.masks[name].any():
+                by_reason.setdefault(self._refused.get(name, "most of its entries are active"), []).append(name)
+        return [
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: dense, as {reason}"
+            for reason, names in by_reason.items()
+        ]
 
     def correct(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         """Make the held entries of a ``state_dict`` exact, whatever the moment it was taken in.
@@ -304,6 +321,8 @@ class MaskEngine:
             parameter, count = self._parameters[name], active(mask)
             self._holders.pop(name, None)
             self._whole.pop(name, None)
+            self._refused.pop(name, None)
+            self._held.discard(name)
             owners = self._owners.get(id(parameter), [])
             trains = count > 0 or (parameter.numel() == 0 and self._required[name])
             if trains and not parameter.requires_grad:
@@ -312,6 +331,7 @@ class MaskEngine:
                 parameter.requires_grad_(False)
                 parameter.grad = None
             if not trains:
+                self._held.add(name)
                 for owner in owners:
                     reset_state(owner, parameter)
             partly = 0 < count < parameter.numel()
@@ -344,7 +364,7 @@ class MaskEngine:
                 self._compact[name] = Compact(name, parameter, slots, owners[0], self._early)
                 return
             if reason is not None:
-                self.refused[name] = reason
+                self._refused[name] = reason
         if name in self._stored:
             self._widen(name)
         self._holders[name] = make_holder(parameter.data, mask, count)

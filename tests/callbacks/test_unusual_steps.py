@@ -1,0 +1,115 @@
+"""Steps that no backward of Lightning's comes before, optimizers that are toggled, callbacks that were tested in between."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from mask_nets import Net, Watch, fit, loader, moved, trainer, weights
+from torch import Tensor
+
+from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
+
+
+def scattered() -> MaskSet:
+    generator = torch.Generator().manual_seed(1)
+    return MaskSet({n: torch.rand(p.shape, generator=generator) < 0.2 for n, p in Net().named_parameters()})
+
+
+class SkipsTheLast(Net):
+    """Returns no loss for the last micro-batch of the third window of two; Lightning steps all the same."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+        return None if batch_idx == 5 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("engine", ["compact", "dense"])
+def test_a_window_that_ends_without_a_loss_is_masked_too(engine: str) -> None:
+    net, mask = SkipsTheLast(), FreezeMask(mask=scattered(), engine=engine)
+    before = weights(net)
+    held = ~mask.selection.mask["head.weight"]  # type: ignore[index]
+    net.head.weight.register_hook(lambda g: torch.where(held, torch.full_like(g, float("nan")), g))
+    fit(net, mask, max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=1.0)
+    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
+    for name, where in moved(before, weights(net)).items():
+        assert not bool((where & ~mask.masks[name]).any())
+        assert bool(where.any()) == bool(mask.masks[name].any())
+
+
+def test_a_phase_ends_after_such_a_window() -> None:
+    phases = PhaseUnfreeze([Phase("3 steps", train="head"), Phase(train="stem")])
+    fit(SkipsTheLast(), phases, max_epochs=1, accumulate_grad_batches=2)
+    assert [entry["step"] for entry in phases.history] == [0, 3]
+
+
+class PlainBackward(Net):
+    """Optimizes by hand, and calls ``backward`` on the loss itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.loss(batch).backward()
+        optimizer.step()  # type: ignore[union-attr]
+
+
+def test_masks_and_pruning_without_manual_backward() -> None:
+    net = PlainBackward()
+    before = weights(net)
+    mask = FreezeMask("head", scope="blocks.0.lin.weight", score="random", density=0.5)
+    pruner = PruneMask(0.5, scope="head.weight", schedule="constant", start="3 steps")
+    fit(net, mask, pruner)
+    assert int((net.head.weight == 0).sum()) == 12 == int((~pruner.masks["head.weight"]).sum())
+    where = moved(before, weights(net))["blocks.0.lin.weight"]
+    assert torch.equal(where, mask.masks["blocks.0.lin.weight"])
+
+
+class Toggling(Net):
+    """Two optimizers in turn, the other one's tensors toggled off."""
+
+    def __init__(self, toggle: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.toggle = False, toggle
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            if self.toggle:
+                self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            if self.toggle:
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        body = [p for n, p in self.named_parameters() if not n.startswith("head")]
+        return torch.optim.AdamW(body, lr=0.02), torch.optim.AdamW(self.head.parameters(), lr=0.02)
+
+
+@pytest.mark.parametrize("toggle", [False, True])
+def test_a_tensor_pruned_whole_stays_zero_when_optimizers_are_toggled(toggle: bool) -> None:
+    net = Toggling(toggle)
+    pruner = PruneMask(0.5, structure="tensor", scope=["blocks.*.lin.weight"], start="3 steps", schedule="constant")
+    fit(net, pruner)
+    zero = [n for n, m in pruner.masks.items() if not bool(m.any())]
+    assert len(zero) == 1
+    assert not bool(net.get_parameter(zero[0]).any())
+
+
+@pytest.mark.parametrize("between", ["test", "validate", "predict"])
+def test_testing_a_checkpoint_does_not_reach_into_the_next_fit(between: str) -> None:
+    phases = PhaseUnfreeze([Phase("4 steps", train="head"), Phase(train="blocks")])
+    pruner = PruneMask(0.5, scope="head.weight", start="2 steps", schedule="constant")
+    run = trainer(phases, pruner)
+    run.fit(Net(), loader())
+    run.save_checkpoint("one.ckpt")
+    more: dict[str, Any] = {} if between == "predict" else {"verbose": False}
+    getattr(run, between)(Net(), loader(), ckpt_path="one.ckpt", **more)
+    watch = Watch()
+    pl.Trainer.fit(trainer(phases, pruner, watch), Net(), loader())
+    assert {name.partition(".")[0] for name in watch.moved_at(0)} == {"head"}
+    assert not bool((watch.weights[1]["head.weight"] == 0).any())
+    assert [entry["step"] for entry in phases.history] == [0, 4]
