@@ -82,8 +82,7 @@ class FreezeMask(MaskCallback):
         self.needs_reference = may_need_reference(self.selection)
         recipe = {k: v for k, v in self.selection.recipe().items() if k != "batches"}
         self._key = self._generate_state_key(recipe=json.dumps(recipe, sort_keys=True))  # Lightning asks at every hook
-        self._draws = 0
-        self._every = 0
+        self._draws = self._drawn = self._every = 0
 
     @property
     def state_key(self) -> str:
@@ -101,24 +100,24 @@ class FreezeMask(MaskCallback):
     def begin(self, session: Session) -> None:
         """Choose the mask, unless a checkpoint brought it."""
         if not self._restored:
-            self._draws = 0
+            self._draws, self._drawn = 0, session.step
             self._masks = session.select(self.selection)
 
     def advance(self, session: Session) -> str | None:
         """Choose anew when ``refresh`` says so."""
-        if not self._every or session.step // self._every <= self._draws:
+        if not draw_due(session.step, self._drawn, self._every):
             return None
-        self._draws = session.step // self._every
+        self._draws, self._drawn = self._draws + 1, session.step
         self._masks = session.select(self.selection, self._draws)
         return f"FreezeMask: mask drawn anew at step {session.step}"
 
     def own_state(self) -> dict[str, Any]:
-        """Return how often the mask was drawn anew."""
-        return {"draws": self._draws}
+        """Return how often the mask was drawn anew, and at which step last."""
+        return {"draws": self._draws, "drawn": self._drawn}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Take over the number of draws."""
-        self._draws = state["draws"]
+        """Take over the number of draws and the step of the last."""
+        self._draws, self._drawn = state["draws"], state["drawn"]
 
 
 def make_selection(where: str, **arguments: Any) -> Selection:
@@ -162,3 +161,8 @@ def refresh_steps(refresh: Moment | None, run: Run, where: str) -> int:
     if refresh is not None and steps < 1:
         raise ValueError(f"{where}: refresh={str(refresh)!r} is less than a step in this run.")
     return steps
+
+
+def draw_due(step: int, drawn: int, every: int) -> bool:
+    """Whether a multiple of ``every`` steps lies after the last draw, at ``drawn``, and not after ``step``; 0: never."""
+    return every > 0 and step // every > drawn // every

@@ -13,7 +13,14 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_mask.callbacks.base import MaskCallback, plain
-from lightning_mask.callbacks.freeze import Strings, make_selection, may_need_reference, parse_refresh, refresh_steps
+from lightning_mask.callbacks.freeze import (
+    Strings,
+    draw_due,
+    make_selection,
+    may_need_reference,
+    parse_refresh,
+    refresh_steps,
+)
 from lightning_mask.callbacks.session import Session
 from lightning_mask.core.distributed import mean_over_ranks, require_equal
 from lightning_mask.core.engine import check_engine
@@ -127,6 +134,7 @@ class _Progress:
     phase: int = 0
     since: int = 0
     draws: int = 0
+    drawn: int = 0
     source: str | None = None
     best: float | None = None
     waited: int = 0
@@ -263,12 +271,11 @@ class PhaseUnfreeze(MaskCallback):
         if reason is not None:
             name = f" ({self.current.name})" if self.current.name else ""
             return f"Phase {self.phase}{name} begins at step {session.step}, after {reason}"
-        every = self._refresh[self.phase]
-        draws = (session.step - self._progress.since) // every if every else 0
-        if draws <= self._progress.draws:
+        now = self._progress
+        if not draw_due(session.step - now.since, now.drawn - now.since, self._refresh[self.phase]):
             return None
-        self._progress.draws = draws
-        self._masks = session.select(self.current.selection, draws)
+        now.draws, now.drawn = now.draws + 1, session.step
+        self._masks = session.select(self.current.selection, now.draws)
         return f"Phase {self.phase}: mask drawn anew at step {session.step}"
 
     def _due(self, session: Session) -> str | None:
@@ -284,7 +291,7 @@ class PhaseUnfreeze(MaskCallback):
     def _enter(self, session: Session, index: int, reason: str) -> None:
         if session.trainer.world_size > 1:
             require_equal((index, session.step), "PhaseUnfreeze: the phase to enter and its step")
-        self._progress = _Progress(phase=index, since=session.step)
+        self._progress = _Progress(phase=index, since=session.step, drawn=session.step)
         if self.selects:
             self._masks = session.select(self.current.selection)
         else:
