@@ -2,6 +2,7 @@
 
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -147,7 +148,8 @@ class PhaseUnfreeze(MaskCallback):
 
     A phase ends after the optimizer step at which its moment is reached; the next is in force from the next forward pass
     on. The optimizer keeps its param groups, so schedulers are undisturbed; entries that stay active keep their moments,
-    new ones start from zero. Under DDP the reducer is rebuilt for the tensors that train.
+    new ones start from zero. Under DDP the reducer is rebuilt for the tensors that train. A run that is resumed needs the
+    phases that it had up to the current one; later ones may be edited.
 
     Args:
         phases: List of ``Phase`` or of dicts of its arguments, the last without ``until``; the path of a YAML file of the
@@ -184,6 +186,7 @@ class PhaseUnfreeze(MaskCallback):
         self._until: list[float] = []
         self._warmup: list[int] = []
         self._refresh: list[int] = []
+        self._recipes: list[dict[str, Any]] = []
 
     def _set(self, phases: list[Phase]) -> None:
         if not phases:
@@ -254,12 +257,35 @@ class PhaseUnfreeze(MaskCallback):
             self._until.append(end)
 
     def begin(self, session: Session) -> None:
-        """Enter the first phase, or the one a checkpoint says."""
+        """Enter the first phase, or the one a checkpoint says.
+
+        Raises:
+            ValueError: If the phases up to that one are not those of the checkpoint.
+        """
+        saved, self._recipes = self._recipes, [_recipe(phase, session.module) for phase in self.phases]
         if self._restored:
+            self._refuse_edited(saved)
             return
         self._progress, self.history, self._validated = _Progress(), [], False
         self._enter(session, 0, "start")
         self._write(session)
+
+    def _refuse_edited(self, saved: list[dict[str, Any]]) -> None:
+        """What a checkpoint says of the current phase is true of the phases that led to it; later ones may be edited."""
+        out = "or start a new run from the weights (fit without ckpt_path)."
+        if self.phase >= len(self.phases):
+            raise ValueError(
+                f"PhaseUnfreeze: the checkpoint is in phase {self.phase}, and there are {len(self.phases)} phases now; give "
+                f"all that the run had up to there, {out}"
+            )
+        for i, (was, now) in enumerate(zip(saved[: self.phase + 1], self._recipes, strict=False)):
+            odd = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+            if odd:
+                here, there = (", ".join(f"{k}={reprlib.repr(p.get(k))}" for k in odd) for p in (now, was))
+                raise ValueError(
+                    f"PhaseUnfreeze: {self.label(i)} has {here}, and not {there} as in the checkpoint, which is in phase "
+                    f"{self.phase}; phases after that may be edited, so give this one as it was, {out}"
+                )
 
     def advance(self, session: Session) -> str | None:
         """Enter the next phase when the current one has ended; return why."""
@@ -374,13 +400,17 @@ class PhaseUnfreeze(MaskCallback):
         write_phases(self.phases, Path(folder) / "phases.yaml")
 
     def own_state(self) -> dict[str, Any]:
-        """Return how the phases stand."""
-        return {"progress": dict(vars(self._progress)), "history": [dict(entry) for entry in self.history]}
+        """Return how the phases stand, and their recipes."""
+        return {
+            "progress": dict(vars(self._progress)),
+            "history": [dict(entry) for entry in self.history],
+            "phases": self._recipes,
+        }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Take over how the phases stand."""
         self._progress = _Progress(**state["progress"])
-        self.history = list(state["history"])
+        self.history, self._recipes = list(state["history"]), state["phases"]
 
 
 def gradual(module: nn.Module, every: Moment, lr_decay: float) -> list[Phase]:
@@ -460,6 +490,14 @@ def _phases(given: Iterable[Phase | Mapping[str, Any]]) -> list[Phase]:
             raise ValueError(f"PhaseUnfreeze: phase {i} has the unknown argument {odd[0]!r}{hint}")
         phases.append(Phase(**item))
     return phases
+
+
+def _recipe(phase: Phase, module: nn.Module) -> dict[str, Any]:
+    """What makes a phase the same phase: its arguments but for what it is called and how it is held, its mask by content."""
+    values = {key: value for key, value in phase.to_dict().items() if key not in ("name", "engine")}
+    if phase.selection.mask is not None:
+        values["mask"] = phase.selection.given(module).hash()
+    return values
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

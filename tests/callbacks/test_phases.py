@@ -314,3 +314,64 @@ def test_prune_ramp_has_the_exact_count_at_every_update() -> None:
         for i in (0, 1):
             bits = after[f"blocks.{i}.lin.weight"]
             assert not bool(torch.signbit(bits[bits == 0]).any())
+
+
+def three(**changes: Any) -> list[Any]:
+    """Three phases as dicts; ``p1={...}`` changes arguments of the second."""
+    phases = [{"until": "3 steps", "train": "head"}, {"until": "12 steps", "train": "stem"}, {"train": "blocks"}]
+    return [{**phase, **changes.get(f"p{i}", {})} for i, phase in enumerate(phases)]
+
+
+def test_a_resume_refuses_phases_that_were_edited_up_to_the_current_one_and_takes_later_ones() -> None:
+    net = Net()
+    chosen = MaskSet({"head.weight": torch.arange(24).view(2, 12) % 3 == 0})
+    chosen.save("chosen.safetensors")
+    given = three(p0={"train": None, "mask": chosen})
+    fit(net, PhaseUnfreeze(given), max_epochs=1).save_checkpoint("second.ckpt")  # at step 8, in the second phase
+
+    def resume(phases: list[Any]) -> list[set[str]]:
+        net, watch = Net(), Watch()
+        fit(net, PhaseUnfreeze(phases), watch, max_epochs=2, ckpt="second.ckpt")
+        return [changed(a, b) for a, b in zip(watch.weights, watch.weights[1:], strict=False)]
+
+    stem, blocks, head = (names(net, part) for part in ("stem", "blocks", "head"))
+    assert resume(given) == [stem] * 4 + [blocks] * 4
+    same = three(p0={"train": None, "mask": "chosen.safetensors", "name": "top"}, p1={"engine": "dense"})
+    assert resume(same) == [stem] * 4 + [blocks] * 4  # another name, another way of holding, the mask as a file
+    assert resume([*given[:2], {"until": "14 steps", "train": "head"}, {"train": "blocks"}]) == (
+        [stem] * 4 + [head] * 2 + [blocks] * 2
+    )
+    for phases, message in (
+        (
+            [*given[:1], {"train": "blocks"}],
+            r"phase 1 has train=\['blocks'\], until=None, and not train=\['stem'\], until='12 steps' as in the checkpoint",
+        ),
+        (given[2:], r"the checkpoint is in phase 1, and there are 1 phases now; give all .*, or start a new run"),
+        (
+            [*given[:1], {**given[1], "name": "mid", "score": "random", "density": 0.5}, given[2]],
+            r"PhaseUnfreeze: mid ",
+        ),
+        ([given[0], {**given[1], "until": "13 steps"}, given[2]], r"phase 1 .*until='13 steps'"),
+        ([{**given[0], "mask": MaskSet({"head.weight": chosen["head.weight"] ^ True})}, *given[1:]], r"phase 0 .*mask"),
+        ([{**given[0], "lr_scale": 0.5}, *given[1:]], r"phase 0 .*lr_scale=0\.5"),
+    ):
+        watch = Watch()
+        with pytest.raises(ValueError, match=message) as caught:
+            fit(Net(), PhaseUnfreeze(phases), watch, max_epochs=2, ckpt="second.ckpt")
+        assert "\n" not in str(caught.value)
+        assert not watch.rates  # no batch was begun
+
+
+def test_a_gradual_schedule_resumes_and_refuses_another_decay() -> None:
+    def ours(decay: float) -> PhaseUnfreeze:
+        return PhaseUnfreeze("gradual", every="3 steps", lr_decay=decay)
+
+    fit(Net(), ours(2.0), max_epochs=1).save_checkpoint("gradual.ckpt")
+    phases = ours(2.0)
+    fit(Net(), phases, max_epochs=2, ckpt="gradual.ckpt")
+    assert steps_of(phases.history) == [0, 3, 6, 9]
+    with pytest.raises(
+        ValueError,
+        match=r"PhaseUnfreeze: \+ blocks\.1 has lr_scale=.*'blocks\.1': 0\.33.*, and not lr_scale=.*0\.5",
+    ):
+        fit(Net(), ours(3.0), max_epochs=2, ckpt="gradual.ckpt")
