@@ -87,7 +87,7 @@ class PruneMask(MaskCallback):
             criteria.get(score)
             structures.get(structure)
             allocations.get(allocation)
-            self._shape = schedules.schedule(schedule)
+            schedules.schedule(schedule)
         except ValueError as error:
             raise ValueError(f"PruneMask: {error}") from None
         self.sparsity, self.score, self.scope = float(sparsity), score, plain(scope)
@@ -173,6 +173,9 @@ class PruneMask(MaskCallback):
         updated = end if step >= end else step - (step - start) % every
         return updated, (updated - start) / (end - start) if end > start else 1.0
 
+    def _target(self, progress: float) -> float:
+        return self.sparsity * schedules.schedule(self.schedule)(progress)
+
     def prune(self, session: Session) -> str | None:
         """Prune when an update is due at this step; return what was done."""
         step = session.step
@@ -180,7 +183,7 @@ class PruneMask(MaskCallback):
         if due is None or due[0] <= self._updated:
             return None
         self._updated, progress = due
-        sparsity = max(self.sparsity * self._shape(progress), self._last)  # a longer run's ramp may lie below at first
+        sparsity = max(self._target(progress), self._last)  # a longer run's ramp may lie below at first
         if sparsity == self._last and self.regrow is None:
             return None
         self._last = sparsity
@@ -274,7 +277,7 @@ class PruneMask(MaskCallback):
             if end == math.inf and not last:
                 return
             due = self.last_update(int(min(end - 1, self._steps[1]))) if end > start else None
-            target = allocations.share(self.sparsity * self._shape(due[1]), total) if due else 0
+            target = allocations.share(self._target(due[1]), total) if due else 0
             held_by = [phase.selection] if not phase.selection.empty else [f.selection for f in session.freezers]
             free = min((self._free_at_most(s, session) for s in held_by), default=total)
             if target > reached and target - reached > free + zeros:

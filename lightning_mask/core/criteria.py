@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -36,8 +37,8 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
 
     def register(function: Criterion) -> Criterion:
         known = CRITERIA.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
-            raise ValueError(f"A criterion named {name!r} exists already ({known.__module__}.{known.__qualname__}).")
+        if known is not None and _defined(known) != _defined(function):
+            raise ValueError(f"A criterion named {name!r} exists already ({'.'.join(_defined(known))}).")
         CRITERIA[name] = function
         return function
 
@@ -81,10 +82,18 @@ def _imported(path: str) -> Criterion:
 
 
 def name_of(score: str | Criterion) -> str:
-    """Return the name a criterion is registered under, or where its function is defined."""
+    """Return the name a criterion is registered under, or that of its function or class."""
     if isinstance(score, str):
         return score
-    return next((name for name, function in CRITERIA.items() if function is score), score.__qualname__)
+    return next((name for name, function in CRITERIA.items() if function is score), _defined(score)[1])
+
+
+def _defined(score: Criterion) -> tuple[str, str]:
+    """Module and qualified name of a function, of that of a partial, or of the class of another callable object."""
+    while isinstance(score, partial):
+        score = score.func
+    named = score if hasattr(score, "__qualname__") else type(score)
+    return named.__module__, named.__qualname__
 
 
 class Context:
@@ -176,7 +185,7 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
         ValueError: If a tensor is missing, has another shape, or holds nan.
     """
     function = get(score)
-    label = score if isinstance(score, str) else getattr(score, "__name__", repr(score))
+    label = score if isinstance(score, str) else getattr(score, "__name__", name_of(score))
     scores = function(params, context)
     for name, parameter in params.items():
         if name not in scores:

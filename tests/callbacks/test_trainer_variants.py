@@ -1,6 +1,8 @@
 """Whatever the Trainer is asked to do: several fits, debug runs, no logger, streams; what is logged; whether it held."""
 
 import csv
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +296,37 @@ def test_a_mask_is_drawn_anew_also_in_a_run_resumed_with_more_epochs(phased: boo
     run.save_checkpoint("half.ckpt")
     fit(Net(), ours(), Look(), max_epochs=16, ckpt="half.ckpt")
     assert seen == again
+
+
+def twice(params: Any, context: Any, power: int) -> Any:
+    return {name: p.detach().abs() ** power for name, p in params.items()}
+
+
+class Twice:
+    def __call__(self, params: Any, context: Any) -> Any:
+        return twice(params, context, 2)
+
+
+@pytest.mark.parametrize("score", [partial(twice, power=2), Twice()], ids=["partial", "object"])
+def test_a_criterion_may_be_a_partial_or_an_object_and_every_callback_can_be_sent_to_another_process(
+    score: Any, tmp_path: Path
+) -> None:
+    """As strategy="ddp_spawn" sends them."""
+
+    def callbacks() -> list[Any]:
+        chosen = {"score": score, "density": 0.5, "scope": ["stem.weight", "blocks.1.lin.weight"]}
+        return [
+            FreezeMask(["head", "blocks.0"], **chosen),
+            PruneMask(0.25, score=score, scope="blocks.*.lin.weight", start="1 steps", end="4 steps", rewind="1 steps"),
+            PruneMask("2:4", scope="head.weight", start="1 steps"),
+            PhaseUnfreeze([Phase("4 steps"), Phase({"monitor": "train/loss"}, **chosen), Phase(train="blocks")]),
+            RunReport(),
+        ]
+
+    ends = []
+    for given in (callbacks(), pickle.loads(pickle.dumps(callbacks()))):
+        net = Net()
+        fit(net, *given, max_epochs=1, logger=CSVLogger(str(tmp_path)))
+        assert sum(int((block.lin.weight == 0).sum()) for block in net.blocks) == 72
+        ends.append(weights(net))
+    assert not changed(*ends)

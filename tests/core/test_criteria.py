@@ -1,3 +1,4 @@
+import functools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mask import criterion
-from lightning_mask.core import Context
+from lightning_mask.core import Context, criteria
 from lightning_mask.core.criteria import CRITERIA, compute, get, named_seed, random_scores
 
 # One linear unit y = w.x + b without activation; loss = mean over the batch of (y - t)^2, so
@@ -269,3 +270,24 @@ def test_a_criterion_in_a_file_of_the_user_is_found_by_its_path(
         get("my_criteria.largest")
     with pytest.raises(ValueError, match=r"score='nowhere.smallest' cannot be imported"):
         get("nowhere.smallest")
+
+
+def far(params: Mapping[str, Tensor], context: Context, power: int = 1) -> dict[str, Tensor]:
+    return {name: p.detach().abs() ** power for name, p in params.items()}
+
+
+class Far:
+    def __call__(self, params: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+        return far(params, context, 2)
+
+
+@pytest.mark.parametrize(("score", "name"), [(functools.partial(far, power=2), "far"), (Far(), "Far"), (far, "far")])
+def test_a_partial_and_an_object_that_can_be_called_are_criteria_with_a_name(score: criteria.Criterion, name: str):
+    assert criteria.name_of(score) == name
+    with pytest.raises(ValueError, match=f"The criterion '{name}' gave nan for w"):
+        compute(score, {"w": nn.Parameter(torch.tensor([float("nan")]))}, context(unit()))
+    register = criterion(f"a test's own {name} {type(score).__name__}")
+    assert register(score) is register(score) is score
+    with pytest.raises(ValueError, match="exists already"):
+        register(lambda params, context: {})
+    assert criteria.name_of(score) == f"a test's own {name} {type(score).__name__}"
