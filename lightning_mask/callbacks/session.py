@@ -61,7 +61,7 @@ class Session:
         self.phases = phased[0] if phased else None
         self.engine: MaskEngine | None = None
         self.closed = False
-        self.stored: MaskSet | None = None
+        self.stored: dict[str, Any] = {}
         self.engine_reason = ("dense", "")
         self._reduced: set[str] = set()
         self._required: dict[str, bool] = {}
@@ -264,15 +264,15 @@ class Session:
             return
         self.correct_averages()  # a callback that comes later may put them into the checkpoint
         self.engine.correct(checkpoint["state_dict"])
-        checkpoint[_STORED] = self.engine.compact.to_state()
+        checkpoint[_STORED] = {"stored": self.engine.compact.to_state(), "ages": self.engine.ages()}
         current = checkpoint.get("current_model_state")  # WeightAveraging keeps the model's own weights there
         if isinstance(current, dict):
             self.engine.correct(current)
 
     def remember(self, checkpoint: dict[str, Any]) -> None:
-        """Take note of the masks by which the optimizers' state in a checkpoint is compact."""
-        stored = checkpoint.get(_STORED)
-        self.stored = None if stored is None else MaskSet.from_state(stored)
+        """Take note of which entries the optimizers' state in a checkpoint is, and of their ages."""
+        saved = checkpoint.get(_STORED)
+        self.stored = {} if saved is None else {**saved, "stored": MaskSet.from_state(saved["stored"])}
 
     def correct_averages(self) -> None:
         """Make the held entries of every weight average exact."""
@@ -357,9 +357,9 @@ class Session:
                 engine=self.engine_reason[0],
                 early=early,
                 guard=bool(self._averages),
-                stored=self.stored,
+                **self.stored,
             )
-            self.stored = None
+            self.stored = {}
         else:
             self.engine.update(combined, zero={name: ~mask for name, mask in alive.items()})
         self.correct_averages()
@@ -423,8 +423,8 @@ class Session:
             self._facts["mask/phase"] = float(self.phases.phase)
 
 
-_STORED = "lightning_mask_compact"
-"""The key in a checkpoint of the masks by which the optimizers' state in it is compact."""
+_STORED = "lightning_mask"
+"""The key in a checkpoint of what it takes to read the optimizers' state in it: arguments of the engine."""
 
 
 def choose_engine(trainer: Trainer, module: LightningModule, asked: set[str]) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mask.core.ages import Ages, corrects_bias
 from lightning_mask.core.compact import BREAK_EVEN, Compact, Slots, servable, widen_state
 from lightning_mask.core.holders import Holder, make_holder
 from lightning_mask.core.maskset import MaskSet, active
@@ -56,7 +57,8 @@ class MaskEngine:
             may read ``.grad``; the callbacks choose by what they see.
         early: With ``"compact"``, gather each gradient as soon as backward has accumulated it, which frees the memory
             tensor by tensor; not for gradients that are still to be reduced over ranks.
-        stored: Masks by which the optimizer's state, loaded from a checkpoint, is compact.
+        stored: Masks by which the optimizer's state, loaded from a checkpoint, is compact (:attr:`compact` when saved).
+        ages: What :meth:`ages` returned when the optimizer's state was saved.
         guard: Whether somebody else writes to the weights too (weight averaging does). Then copies are also kept of the
             tensors that are held whole and of the statistics of held normalisation modules, for :meth:`restore`.
 
@@ -87,6 +89,7 @@ class MaskEngine:
         early: bool = False,
         guard: bool = False,
         stored: Mapping[str, Tensor] | None = None,
+        ages: Mapping[str, Sequence[tuple[int, Tensor]]] | None = None,
     ) -> None:
         check_engine(engine)
         self._way, self._early, self._stored = engine, early, dict(stored or {})
@@ -103,6 +106,7 @@ class MaskEngine:
         self._holders: dict[str, Holder] = {}
         self._compact: dict[str, Compact] = {}
         self._refused: dict[str, str] = {}
+        self._ages: dict[str, Ages] = {name: Ages(cohorts) for name, cohorts in (ages or {}).items()}
         self._held: set[str] = set()
         self._whole: dict[str, Holder] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
@@ -132,7 +136,9 @@ class MaskEngine:
         """
         for name in self._held:
             parameter = self._parameters[name]
-            if parameter.requires_grad:  # Lightning's untoggle_optimizer gives back what it saw before the masks changed
+            if (
+                parameter.requires_grad
+            ):  # Lightning's untoggle_optimizer gives back what it saw before the masks changed
                 parameter.requires_grad_(False)
                 parameter.grad = None
         for compact in self._compact.values():
@@ -205,6 +211,14 @@ class MaskEngine:
         """Return one row for each parameter of the model, in its order."""
         return [self._row(name, p) for name, p in self._parameters.items()]
 
+    def ages(self) -> dict[str, list[list[Any]]]:
+        """Return, by tensor, the entries whose step count differs from the tensor's; save it beside the optimizer's state.
+
+        Entries that become active start from zero moments and count their own steps, where the optimizer is Adam, AdamW
+        or Adamax (NAdam and RAdam go by the tensor's count).
+        """
+        return {name: ages.state() for name, ages in self._ages.items() if ages.cohorts}
+
     def remarks(self) -> list[str]:
         """Return, one line each, why tensors of which some entries are active are not held as ``engine`` says."""
         by_reason: dict[str, list[str]] = {}
@@ -243,6 +257,7 @@ class MaskEngine:
             parameter.copy_(torch.where(mask, value.to(parameter.device), parameter))
             for owner in self._owners.get(id(parameter), []):
                 reset_state(owner, self._in_optimizer(name))
+            self._ages.pop(name, None)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -290,6 +305,8 @@ class MaskEngine:
             for compact in self._compact.values():
                 if compact.optimizer is optimizer:
                     compact.read()
+            for name, ages in self._ages_of(optimizer):
+                ages.before_step(self._parameters[name].detach(), self._step_of(optimizer, name))
 
         def wrap(closure: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
@@ -312,6 +329,21 @@ class MaskEngine:
             parameter = self._parameters[name]
             if any(owner is optimizer for owner in self._owners.get(id(parameter), [])):
                 holder.restore(parameter.data)
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if self._ages else {}
+        for name, ages in self._ages_of(optimizer):
+            group, step = groups[id(self._in_optimizer(name))], self._step_of(optimizer, name)
+            with torch.no_grad():
+                ages.after_step(self._parameters[name].data, step, group, optimizer)
+
+    def _ages_of(self, optimizer: Optimizer) -> list[tuple[str, Ages]]:
+        return [
+            (name, ages)
+            for name, ages in self._ages.items()
+            if ages.cohorts and self._owners[id(self._parameters[name])][0] is optimizer
+        ]
+
+    def _step_of(self, optimizer: Optimizer, name: str) -> int:
+        return int(optimizer.state.get(self._in_optimizer(name), {}).get("step", 0))
 
     @torch.no_grad()
     def _set(self, masks: Mapping[str, Tensor]) -> None:
@@ -330,6 +362,8 @@ class MaskEngine:
             elif not trains and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
+            if name in self._ages:
+                self._ages[name].keep(mask)
             if not trains:
                 self._held.add(name)
                 for owner in owners:
@@ -399,10 +433,20 @@ class MaskEngine:
         owners = self._owners.get(id(parameter), [])
         if not owners or active(before) == before.numel():
             return
-        new = None if active(before) == 0 else after.to(parameter.device) & ~before.to(parameter.device)
+        ages, mask = self._ages.get(name, Ages()), after.to(parameter.device)
+        ages.keep(mask)
+        new = None if active(before) == 0 else mask & ~before.to(parameter.device)
         if new is None or bool(new.any()):
             for owner in owners:
                 reset_state(owner, parameter, new)
+        state = owners[0].state.get(parameter, {})
+        if new is None or not state or len(owners) > 1 or not corrects_bias(owners[0]):
+            self._ages.pop(name, None)
+            return
+        if bool(new.any()):
+            step = ages.join(new, mask, int(state["step"]))
+            state["step"] = torch.full_like(torch.as_tensor(state["step"]), step)
+        self._ages[name] = ages
 
     def _row(self, name: str, parameter: nn.Parameter) -> Row:
         n = parameter.numel()

@@ -211,7 +211,7 @@ def both(a: Tensor, b: Tensor) -> Tensor:
 def active(mask: Tensor) -> int:
     """Number of True entries of one mask."""
     uniform = _uniform(mask)
-    return int(mask.sum()) if uniform is None else mask.numel() * uniform
+    return int(mask.count_nonzero()) if uniform is None else mask.numel() * uniform
 
 
 def full(value: bool, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -162,7 +162,12 @@ def test_what_stays_active_keeps_its_moments_and_what_joins_starts_from_zero():
             assert before[name][key][stays].abs().sum() > 0
             assert before[name][key][joins].abs().sum() > 0
             assert not state[key][joins].any()
-        assert state["step"] == 3
+        if joins.any():
+            age = torch.full_like(joins, int(state["step"]), dtype=torch.int)
+            for offset, index in engine.ages().get(name, []):
+                age.view(-1)[index] += offset
+            assert set(age[joins].tolist()) == {0}
+            assert set(age[stays].tolist()) == {3}
     untouched = optimizer.state[net.b.bias]
     assert torch.equal(untouched["exp_avg"], before["b.bias"]["exp_avg"])
     start = weights(net)
