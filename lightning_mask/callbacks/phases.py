@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_mask.callbacks.base import MaskCallback, plain
@@ -47,7 +48,8 @@ class Phase:
         lr_scale: Factor on the learning rate of what trains; or a dict of patterns to factors (the first that matches
             counts, 1.0 elsewhere).
         warmup: How long the factor rises from 0, linearly, counted from the start of the phase: ``"100 steps"``.
-        restore_best: Go back to the best weights the phase saw when a metric ends it.
+        restore_best: Go back to the best weights the phase saw when a metric ends it, also where the run ends in that very
+            moment. A run that is over before the metric has ended the phase keeps its last weights.
         name: What it is called in the history and the logs.
 
     Raises:
@@ -379,6 +381,20 @@ class PhaseUnfreeze(MaskCallback):
             self._progress.ended = self._progress.waited >= plateau.patience
 
     _validated: bool = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to the best weights also where the run ends as the phase does; weight averages are left alone."""
+        super().on_train_end(trainer, pl_module)
+        session = self._session
+        if session is None or session.closed:
+            return
+        session.settle()
+        if self._progress.ended and self._progress.best_weights and not session._averages:
+            reason = f"{self.label(self.phase)} ended with the run"
+            self._go_back(session, reason)
+            session._hold()
+            session.tell("on_masks_changed", reason)
+            session.say(f"{reason}: back to its best weights ({self._progress.best:g})")
 
     @torch.no_grad()
     def _go_back(self, session: Session, reason: str) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from mask_nets import Net, Stream, Watch, changed, fit, moved, names, trainer, weights
 from torch.utils.data import DataLoader
 
 from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask, criterion
+from lightning_mask.callbacks import RunReport
 
 
 def steps_of(history: list[dict[str, Any]]) -> list[int]:
@@ -186,6 +188,54 @@ def test_going_back_to_the_best_weights() -> None:
     assert changed(watch.weights[8], at_switch) == names(net, "head", "blocks.1")
     assert torch.equal(stats[4], stats[1])  # running statistics went back as well
     assert not torch.equal(stats[3], stats[1])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("refresh", [None, "3 steps"])
+def test_a_run_that_ends_as_the_metric_ends_the_phase_goes_back_as_well(first: bool, refresh: str | None) -> None:
+    """The phase's end is the run's end, by its length or by EarlyStopping; a run that ends before leaves the weights."""
+    until = {"monitor": "val/score", "patience": 2}
+
+    def run(epochs: int) -> tuple[Net, PhaseUnfreeze, RunReport, list[dict[str, torch.Tensor]]]:
+        scores = [3.0, 1.0, 2.0, 4.0, 0.0, 0.0]
+        net, watch, report = Net("batch", value=lambda epoch: scores[epoch]), Watch(), RunReport()
+        phase = Phase(until, train=["head"], score="random", density=0.5, refresh=refresh, restore_best=True)
+        phases = PhaseUnfreeze([phase, Phase(train="stem")])
+        freeze = FreezeMask("*")
+        fit(net, *((phases, freeze) if first else (freeze, phases)), watch, report, val=True, max_epochs=epochs, **two)
+        return net, phases, report, watch.weights
+
+    two = {"limit_train_batches": 2}
+    net, phases, report, seen = run(4)
+    assert not changed(seen[4], weights(net))  # after the second epoch
+    assert changed(seen[8], weights(net))
+    assert steps_of(phases.history) == [0]
+    assert report.results()["held_changed"] == 0
+    net, _, _, seen = run(3)
+    assert not changed(seen[6], weights(net))  # the metric has not ended the phase
+
+
+def test_a_run_that_ended_as_the_phase_did_goes_on_from_the_best_weights() -> None:
+    scores = [3.0, 1.0, 2.0, 4.0, 0.0, 0.0]
+    ends = []
+
+    def phases() -> PhaseUnfreeze:
+        until = {"monitor": "val/score", "patience": 2}
+        return PhaseUnfreeze([Phase(until, train=["head", "blocks.1"], restore_best=True), Phase(train="stem")])
+
+    whole = Net(value=lambda epoch: scores[epoch])
+    fit(whole, phases(), val=True, max_epochs=6)
+    for ckpt in ("last.ckpt", "end.ckpt"):  # written before training ended, and after
+        net, keep = Net(value=lambda epoch: scores[epoch]), ModelCheckpoint(".", save_last=True)
+        run = fit(net, phases(), keep, val=True, max_epochs=4, enable_checkpointing=True)
+        run.save_checkpoint("end.ckpt")
+        again = Net(value=lambda epoch: scores[epoch])
+        fit(again, resumed := phases(), val=True, max_epochs=6, ckpt=ckpt)
+        assert steps_of(resumed.history) == [0, 32]
+        ends.append(weights(again))
+        Path("last.ckpt").unlink()
+    assert not changed(weights(whole), ends[0])
+    assert not changed(weights(whole), ends[1])
 
 
 def test_going_back_revives_nothing_that_was_pruned_since() -> None:
