@@ -131,9 +131,20 @@ def _model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
             f"model.num_classes={cfg.model.num_classes}, but the data has {len(open_ones['class_names'])} classes "
             f"({', '.join(open_ones['class_names'])}): leave model.num_classes=null."
         )
+    if _fused_cannot(cfg) and cfg.model.get("optimizer") == cfg.optimizer:
+        rank_zero_info(
+            "optimizer.fused=true is left out: a fused step cannot clip the gradient under mixed precision."
+        )
+        open_ones["optimizer"] = instantiate(cfg.optimizer, fused=None)
     made = instantiate(cfg.model, _partial_=True)(**open_ones)
     assert isinstance(made, LightningModule)
     return made
+
+
+def _fused_cannot(cfg: DictConfig) -> bool:
+    """Whether the fused optimizer would be refused: it unscales gradients itself, after they should have been clipped."""
+    mixed = str(cfg.trainer.get("precision")) in ("16-mixed", "bf16-mixed", "16", "bf16")
+    return mixed and bool(cfg.trainer.get("gradient_clip_val")) and cfg.get("optimizer", {}).get("fused") is True
 
 
 def _callbacks(cfg: DictConfig) -> list[Callback]:

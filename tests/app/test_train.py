@@ -203,6 +203,18 @@ def test_debug_modes_run(config: Config) -> None:
         assert "train/loss" in train(cfg)
 
 
+def test_mixed_precision_trains_with_and_without_clipping(config: Config, tmp_path: Path) -> None:
+    ends = []
+    for name, clip in (("plain", "null"), ("clipped", "0.01")):
+        words = ["trainer.precision=bf16-mixed", f"trainer.gradient_clip_val={clip}", "optimizer=sgd", "test=false"]
+        cfg = config(*TINY, *words, f"paths.output_dir={tmp_path / name}")
+        train(cfg)
+        assert summary_of(cfg)["mask"]["held_changed"] == 0
+        ends.append(torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    train(config(*TINY, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0", "optimizer=adamw", "test=false"))
+
+
 def test_no_callbacks_and_no_logger_is_a_plain_run(config: Config) -> None:
     cfg = config(*TINY[:1], *TINY[2:], "callbacks=none", "logger=none", "mask=none", "test=false")
     assert "train/loss" in train(cfg)
