@@ -17,6 +17,7 @@ from lightning_mask.core import criteria, schedules, structures
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full
+from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.patterns import repeated_blocks, resolve
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
 from lightning_mask.core.schedules import Moment, Run
@@ -246,17 +247,24 @@ class PruneMask(MaskCallback):
         return names
 
     def _check_reach(self, session: Session) -> None:
-        """Refuse a sparsity that what FreezeMask holds whole rules out (held entries are not pruned)."""
-        if session.phases is not None or not session.freezers:
+        """Refuse a sparsity that what is held whole for the whole run rules out (held entries are not pruned)."""
+        if session.phases is not None:
             return
-        total = sum(session.module.get_parameter(name).numel() for name in self._names)
-        free = min(self._free_at_most(f.selection, session) for f in session.freezers)
-        if allocations.share(self.sparsity, total) > free:
-            raise ValueError(
-                f"PruneMask: sparsity={self.sparsity} of the {total:,} entries in scope cannot be reached: FreezeMask holds "
-                f"all but {free:,} of them, and a held entry is not pruned. Let FreezeMask train them, or give PruneMask a "
-                "scope that trains."
-            )
+        tensors = {name: session.module.get_parameter(name) for name in self._names}
+        allocate = allocations.get("uniform" if self.n_of_m is not None else self.allocation)
+        groups = allocate({n: tuple(t.shape) for n, t in tensors.items()}, Budget(self.sparsity, removed=True))
+        for names, keep in groups:
+            total = sum(tensors[name].numel() for name in names)
+            free = self._free_of_all(session, names)
+            if total - keep > free and total - keep > free + sum(int((tensors[n] == 0).sum()) for n in names):
+                of = "in scope" if len(names) == len(self._names) else f"of {names[0]}"
+                held = f"FreezeMask holds all but {free:,} of them"
+                if not session.freezers:
+                    held = f"all but {free:,} of them do not train (requires_grad=False, or in no optimizer)"
+                raise ValueError(
+                    f"PruneMask: sparsity={self.sparsity} of the {total:,} entries {of} cannot be reached: {held}, and a held "
+                    "entry is not pruned; let them train, or give PruneMask a scope that trains."
+                )
 
     def check_phases(self, session: Session) -> None:
         """Refuse a ramp that rises in a phase that lets too little of the scope change; all are measured by now.
@@ -278,8 +286,10 @@ class PruneMask(MaskCallback):
                 return
             due = self.last_update(int(min(end - 1, self._steps[1]))) if end > start else None
             target = allocations.share(self._target(due[1]), total) if due else 0
-            held_by = [phase.selection] if not phase.selection.empty else [f.selection for f in session.freezers]
-            free = min((self._free_at_most(s, session) for s in held_by), default=total)
+            if phase.selection.empty:
+                free = self._free_of_all(session, self._names)
+            else:
+                free = self._free_at_most(phase.selection, session, self._names)
             if target > reached and target - reached > free + zeros:
                 raise ValueError(
                     f"PruneMask: {target:,} of the {total:,} entries in scope are to be zero by the end of {phases.label(i)} of "
@@ -288,10 +298,18 @@ class PruneMask(MaskCallback):
                 )
             start, reached = end, max(reached, target)
 
-    def _free_at_most(self, selection: Selection, session: Session) -> int:
-        """How many entries in scope the selection can let change, at most."""
+    def _free_of_all(self, session: Session, names: list[str]) -> int:
+        """How many entries of ``names`` all FreezeMasks can let change, at most; without any, how many train."""
+        if session.freezers:
+            return min(self._free_at_most(freezer.selection, session, names) for freezer in session.freezers)
+        owned = {id(p) for optimizer in session.trainer.optimizers for p in parameters_of(optimizer)}
+        tensors = [session.module.get_parameter(name) for name in names if name in session.trainable]
+        return sum(tensor.numel() for tensor in tensors if id(tensor) in owned)
+
+    def _free_at_most(self, selection: Selection, session: Session, names: list[str]) -> int:
+        """How many entries of ``names`` the selection can let change, at most."""
         module = session.module
-        sizes = {name: module.get_parameter(name).numel() for name in self._names}
+        sizes = {name: module.get_parameter(name).numel() for name in names}
         whole = sum(sizes.get(name, 0) for name in resolve(selection.train or (), module))
         if selection.mask is not None:
             return whole + sum(active(mask) for name, mask in selection.given(module).items() if name in sizes)

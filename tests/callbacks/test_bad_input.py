@@ -268,6 +268,48 @@ def test_a_tensor_that_no_optimizer_holds(callback: Any) -> None:
         fit(net, callback())
 
 
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        (
+            {"sparsity": 0.5},  # stem and blocks
+            r"sparsity=0\.5 of the 384 entries in scope cannot be reached: all but 96 of them do not train "
+            r"\(requires_grad=False, or in no optimizer\), and a held entry is not pruned; let them train",
+        ),
+        (
+            {"sparsity": 0.5, "allocation": "uniform"},
+            r"sparsity=0\.5 of the 144 entries of blocks\.0\.lin\.weight cannot",
+        ),
+        (
+            {"sparsity": "2:4"},
+            r"sparsity=0\.5 of the 144 entries of blocks\.0\.lin\.weight cannot be reached: all but 0",
+        ),
+        ({"sparsity": 0.5, "scope": "head.weight"}, r"of the 24 entries in scope cannot be reached: all but 0"),
+    ],
+)
+@pytest.mark.parametrize("phased", [False, True])
+def test_a_scope_of_which_the_user_lets_too_little_train(prune: dict[str, Any], message: str, phased: bool) -> None:
+    """The blocks are frozen by hand, and no optimizer holds the head; nothing of ours holds anything."""
+    net = Net(make=lambda module: torch.optim.SGD([*module.stem.parameters(), *module.blocks.parameters()], lr=0.1))
+    net.blocks.requires_grad_(False)
+    net.head.requires_grad_("head" not in prune.get("scope", ""))
+    before = weights(net)
+    phases = [PhaseUnfreeze([Phase("4 steps"), Phase()])] if phased else []
+    if phased:
+        message = r"PruneMask: \d+ of the \d+ entries in scope are to be zero by the end of phase \d of PhaseUnfreeze"
+    with pytest.raises(ValueError, match=message):
+        fit(net, PruneMask(**prune), *phases)
+    assert not changed(before, weights(net))
+
+
+def test_a_scope_frozen_by_hand_that_is_zero_already_is_no_fault() -> None:
+    net = Net()
+    net.blocks[0].requires_grad_(False)
+    net.blocks[0].lin.weight.data[:8] = 0
+    fit(net, PruneMask(0.5, scope="blocks.*.lin.weight"))
+    assert sum(int((block.lin.weight == 0).sum()) for block in net.blocks) == 144
+
+
 def test_two_phase_unfreeze() -> None:
     """Lightning refuses two in its list; one that is added later is refused by us."""
     first, second = two(Phase("2 steps", train="head")), two(Phase("3 steps", train="stem"))
