@@ -1,15 +1,44 @@
 """DistributedDataParallel: a reducer that owns exactly the tensors that train."""
 
+from collections.abc import Callable
+from typing import Any
+
 from lightning.pytorch.strategies import Strategy
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_mask.core.wire import Wire, compatible, reduce_active
 
-def rebuild_reducer(strategy: Strategy) -> None:
+
+def make_wire(strategy: Strategy) -> tuple[Wire | None, str | None]:
+    """Return what reduces the active entries alone, around the communication hook that the user chose, if any.
+
+    Returns:
+        The wire, or None and the name of a hook that cannot be given active entries alone.
+    """
+    hook = _users_hook(strategy)
+    if hook is None:
+        return Wire(getattr(strategy.model, "process_group", None)), None
+    if compatible(hook[0]):
+        return Wire(inner=hook), None
+    return None, getattr(hook[0], "__name__", str(hook[0]))
+
+
+def _users_hook(strategy: Strategy) -> tuple[Callable[..., Any], Any] | None:
+    wrapper = strategy.model
+    assert isinstance(wrapper, DistributedDataParallel)
+    return next(((hook, state) for hook, state in wrapper._comm_hooks if hook is not reduce_active), None)
+
+
+def rebuild_reducer(strategy: Strategy, wire: Wire | None = None) -> None:
     """Wrap the module again, so that the reducer owns the tensors that require a gradient now.
 
     Call it on all ranks between two steps. A reducer is built once, from ``requires_grad`` at that time: tensors that
     start to train later would never be reduced, and the replicas would drift apart. Communication hooks registered on
-    the old wrapper are registered on the new one.
+    the old wrapper are registered on the new one, or ``wire`` (which has them inside).
+
+    Args:
+        strategy: Lightning's DDPStrategy, set up.
+        wire: What reduces the active entries alone; None: whole tensors are reduced.
 
     Raises:
         RuntimeError: If nothing trains.
@@ -28,8 +57,11 @@ def rebuild_reducer(strategy: Strategy) -> None:
         strategy.model = strategy._setup_model(old.module)
     finally:
         strategy._ddp_kwargs = arguments  # type: ignore[attr-defined]
-    strategy._register_ddp_hooks()  # type: ignore[attr-defined]
     new = strategy.model
     assert isinstance(new, DistributedDataParallel)
+    if wire is not None:
+        new.register_comm_hook(wire, reduce_active)
+        return
+    strategy._register_ddp_hooks()  # type: ignore[attr-defined]
     for hook, state in hooks[len(new._comm_hooks) :]:
         new.register_comm_hook(state, hook)

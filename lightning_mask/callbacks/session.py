@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_mask.callbacks import calibration, random_state
-from lightning_mask.callbacks.ddp import rebuild_reducer
+from lightning_mask.callbacks.ddp import make_wire, rebuild_reducer
 from lightning_mask.core.criteria import Context, named_seed
 from lightning_mask.core.distributed import require_equal, require_equal_masks
 from lightning_mask.core.engine import MaskEngine
@@ -30,6 +30,7 @@ from lightning_mask.core.maskset import MaskSet, both, full
 from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.schedules import Run
 from lightning_mask.core.selection import Selection, select
+from lightning_mask.core.wire import Wire
 
 if TYPE_CHECKING:
     from lightning_mask.callbacks.base import MaskCallback
@@ -64,6 +65,10 @@ class Session:
         self.stored: dict[str, Any] = {}
         self.engine_reason = ("dense", "")
         self._reduced: set[str] = set()
+        self._begun = False
+        self._wire: Wire | None = None
+        self._whole_tensors = ""
+        self._sent: MaskSet | None = None
         self._required: dict[str, bool] = {}
         self._reference: dict[str, Tensor] | None = None
         self._in_window = self._applied = self._epoch_ended = False
@@ -200,6 +205,7 @@ class Session:
 
     def before_batch(self) -> None:
         """Put new phases and redrawn masks in force, between two optimizer steps."""
+        self._begun = True  # by now every callback had its say in on_train_start, about communication hooks too
         self.settle()
         if self._averages and self._epoch != self.trainer.current_epoch and self.engine is not None:
             self._epoch = self.trainer.current_epoch
@@ -378,15 +384,33 @@ class Session:
                 )
 
     def _sync_reducer(self) -> None:
-        """Give DDP a reducer for the tensors that train now; all ranks agree on them first."""
+        """Give DDP a reducer for the tensors that train now, and tell it which entries; all ranks agree on them first."""
         assert self.engine is not None
         if not isinstance(self.trainer.strategy.model, DistributedDataParallel):
             return
-        trainable = self.engine.trainable
+        trainable, changed = self.engine.trainable, self._sent is not self.engine.masks
+        entries = self.engine.active_entries() if changed else {}
+        if entries and self._begun and self._wire is None and not self._whole_tensors:
+            self._lay_wire()
         if set(trainable) != self._reduced:
             require_equal(trainable, "The set of tensors that train")
-            rebuild_reducer(self.trainer.strategy)
+            rebuild_reducer(self.trainer.strategy, self._wire)
             self._reduced = set(trainable)
+        if changed and self._wire is not None:
+            self._wire.set(entries)
+        self._sent = self.engine.masks if self._begun else None
+
+    def _lay_wire(self) -> None:
+        """Reduce active entries alone from now on, unless somebody needs the others."""
+        if any(pruner.regrow == "gradient" for pruner in self.pruners):
+            self._whole_tensors = "PruneMask(regrow='gradient') looks at the gradients of all entries"
+        else:
+            self._wire, hook = make_wire(self.trainer.strategy)
+            self._whole_tensors = f"the communication hook {hook} takes whole tensors" if hook else ""
+        if self._whole_tensors:
+            self.say(f"The gradients of held entries are reduced over the ranks too: {self._whole_tensors}")
+        else:
+            self._reduced = set()  # a communication hook comes with a new reducer
 
     # What a person sees.
 

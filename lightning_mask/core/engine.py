@@ -211,6 +211,20 @@ class MaskEngine:
         """Return one row for each parameter of the model, in its order."""
         return [self._row(name, p) for name, p in self._parameters.items()]
 
+    def active_entries(self) -> dict[Tensor, Tensor]:
+        """Return the flat indices, sorted, of the active entries of each parameter that trains in small part.
+
+        Those of a tensor that is mostly active would take more memory than they save.
+        """
+        entries: dict[Tensor, Tensor] = {}
+        for name, mask in self.masks.items():
+            parameter = self._parameters[name]
+            if name in self._compact:
+                entries[parameter] = self._compact[name].slots.index
+            elif 0 < active(mask) <= BREAK_EVEN * mask.numel():
+                entries[parameter] = Slots(mask.to(parameter.device)).index
+        return entries
+
     def ages(self) -> dict[str, list[list[Any]]]:
         """Return, by tensor, the entries whose step count differs from the tensor's; save it beside the optimizer's state.
 

@@ -46,6 +46,7 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
         PruneMask(0.6, scope="blocks.*.lin.weight", start="1 steps", end="9 steps", every="2 steps"),
         PhaseUnfreeze([Phase("10 steps", train=["head", "blocks"]), Phase(train=HEAD)]),
     ],
+    "thin": lambda: [FreezeMask(score="random", density=0.1, refresh="5 steps")],
     "rows": lambda: [
         PruneMask(0.5, scope="blocks.0.lin.weight", structure="row", start="2 steps", schedule="constant")
     ],
@@ -135,6 +136,55 @@ def plan(name: str, strategy: str, accumulate: int, folder: Path) -> dict[str, A
         "zeros": [int((block.lin.weight == 0).sum()) for block in net.blocks],
         "history": next((c.history for c in callbacks if isinstance(c, PhaseUnfreeze)), []),
     }
+
+
+def wired(strategy: str) -> dict[str, Any]:
+    """Each plan with engine and wire as they are chosen, against whole gradients held dense."""
+    found: dict[str, Any] = {}
+    for name in ("entries", "pruned", "rows", "thin"):
+        nets: list[Little] = []
+        for engine in ("auto", "dense"):
+            callbacks, net = PLANS[name](), Little(make=sgd)
+            for callback in callbacks:
+                callback.engine = engine
+            laid = Wired()
+            quiet = [laid] if engine == "auto" else [Watch()]  # a hook of the user's keeps gradients whole
+            train([*callbacks, *quiet], net, strategy=STRATEGIES[strategy]())
+            nets.append(net)
+            if engine == "auto":
+                seen = laid
+        ours, dense = (weights(net) for net in nets)
+        found[name] = {
+            "equal": all(torch.equal(ours[n], dense[n]) for n in ours),
+            "gap": max(seen.gaps),
+            "bytes": seen.bytes,
+            "active": seen.active,
+        }
+    return found
+
+
+class Wired(Callback):
+    """What went over the wire in each step, and what was active when it began."""
+
+    def __init__(self) -> None:
+        self.gaps: list[float] = []
+        self.bytes: list[int] = []
+        self.active: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.gaps.append(replica_gap(pl_module))
+        session = next(c._session for c in trainer.callbacks if getattr(c, "_session", None) is not None)
+        wire = session._wire
+        self.bytes.append(-1 if wire is None else wire.bytes)
+        if wire is not None:
+            wire.bytes = 0
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        engine = next(c._session for c in trainer.callbacks if getattr(c, "_session", None) is not None).engine
+        by_name = {row.name: row for row in engine.summary()}
+        partly = {n: r.active for n, r in by_name.items() if 0 < r.density <= 0.5}
+        whole = {n: p.numel() for n, p in pl_module.named_parameters() if by_name[n].density > 0.5}
+        self.active.append(sum(partly.values()) + sum(whole.values()))
 
 
 def peer() -> dict[str, Any]:
@@ -296,6 +346,7 @@ def main(folder: Path) -> None:
         for strategy in STRATEGIES if name in ("grow", "freeze again", "entries") else ["ddp"]:
             cases[f"{name}, {strategy}"] = lambda n=name, s=strategy: plan(n, s, 1, folder)
         cases[f"{name}, accumulating"] = lambda n=name: plan(n, "ddp", 2, folder)
+    cases |= {f"wired, {strategy}": lambda s=strategy: wired(s) for strategy in STRATEGIES}
     cases |= {
         "peer": peer,
         "data criteria": data_criteria,

@@ -18,6 +18,7 @@ TRAINS = {
     "entries": None,
     "pruned": [HEAD + 2 * BLOCK] * 10 + [HEAD] * 2,
     "rows": [TOTAL] * 12,
+    "thin": None,
 }
 EVERY = ("ddp", "bucket view", "static graph", "unused allowed", "accumulating")
 CASES = [
@@ -82,6 +83,22 @@ def test_two_ranks_of_eight_learn_what_one_of_sixteen_learns(ranks: list[dict[st
         assert seen["from one process"] < CLOSE
         if plan in ("pruned", "rows"):
             assert sum(seen["zeros"]) == (173 if plan == "pruned" else 72)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["entries", "pruned", "rows", "thin"])
+@pytest.mark.parametrize("strategy", ["ddp", "bucket view", "static graph", "unused allowed"])
+def test_active_entries_alone_go_over_the_wire_and_train_as_dense_ones_do(
+    ranks: list[dict[str, Any]], plan: str, strategy: str
+) -> None:
+    for rank in case(ranks, f"wired, {strategy}"):
+        seen = rank[plan]
+        assert seen["equal"]
+        assert seen["gap"] == 0.0
+        sent = [(b, 4 * n) for b, n in zip(seen["bytes"], seen["active"], strict=True) if b >= 0]
+        assert all(b == expected for b, expected in sent)
+        assert sum(b >= 0 for b in seen["bytes"]) >= 6
+        assert min(seen["active"]) < TOTAL
 
 
 @pytest.mark.slow
