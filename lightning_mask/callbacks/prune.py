@@ -159,12 +159,16 @@ class PruneMask(MaskCallback):
 
     def advance(self, session: Session) -> str | None:
         """Keep the weights to rewind to when it is time, and go back to them after an update."""
-        if session.step == self._rewind_step and not self._rewind_to:
-            self._rewind_to = {n: p.detach().clone() for n, p in session.module.named_parameters()}
+        self._keep_for_rewind(session)
         if self._rewind_due and session.engine is not None:
             self._rewind_due = False
             session.engine.rewind(self._rewind_to)
         return None
+
+    def _keep_for_rewind(self, session: Session) -> None:
+        """Copy the weights at the first chance: by hand, several steps may lie between two batches."""
+        if self._rewind_step is not None and session.step >= self._rewind_step and not self._rewind_to:
+            self._rewind_to = {n: p.detach().clone() for n, p in session.module.named_parameters()}
 
     def last_update(self, step: int) -> tuple[int, float] | None:
         """Return the step of the update that is in force at ``step`` and its progress in [0, 1]; None before ``start``."""
@@ -179,6 +183,7 @@ class PruneMask(MaskCallback):
 
     def prune(self, session: Session) -> str | None:
         """Prune when an update is due at this step; return what was done."""
+        self._keep_for_rewind(session)
         step = session.step
         due = self.last_update(step)
         if due is None or due[0] <= self._updated:

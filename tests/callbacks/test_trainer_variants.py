@@ -330,3 +330,51 @@ def test_a_criterion_may_be_a_partial_or_an_object_and_every_callback_can_be_sen
         assert sum(int((block.lin.weight == 0).sum()) for block in net.blocks) == 72
         ends.append(weights(net))
     assert not changed(*ends)
+
+
+class TwoByHand(Net):
+    """Two optimizers, each stepped once a batch: every step counts one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        body = [p for n, p in self.named_parameters() if not n.startswith("head")]
+        return torch.optim.AdamW(body, lr=0.02), torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("rewind", "start"), [(3, 5), (2, 5), (5, 5), (4, 4), (1, 7)])
+def test_rewinding_by_hand_goes_back_to_that_step_also_in_the_middle_of_a_batch(rewind: int, start: int) -> None:
+    at: dict[int, dict[str, torch.Tensor]] = {}
+    back: list[dict[str, torch.Tensor]] = []
+
+    class Look(Watch):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            at.setdefault(trainer.global_step, weights(pl_module))
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step > start and not back:
+                back.append(weights(pl_module))
+
+    prune = PruneMask(
+        0.5,
+        scope="blocks.*.lin.weight",
+        start=f"{start} steps",
+        end=f"{start} steps",
+        every="1 steps",
+        rewind=f"{rewind} steps",
+    )
+    fit(TwoByHand(), prune, Look(), max_epochs=1)
+    assert sorted(at) == list(range(16))
+    now = back[0]
+    alive = {n: prune.masks[n] if n in prune.masks else torch.ones_like(p, dtype=torch.bool) for n, p in now.items()}
+    assert prune.masks.density() == 0.5
+    for name, mask in alive.items():
+        assert torch.equal(now[name], at[rewind][name].masked_fill(~mask, 0)), name
