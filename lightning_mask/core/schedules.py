@@ -36,11 +36,14 @@ class Run:
         total_steps: Optimizer steps of the whole run; ``inf`` when it has no end.
         steps_per_epoch: Optimizer steps of an epoch; ``inf`` when unknown.
         debug: Whether it is cut short on purpose (``fast_dev_run``), so that moments beyond its end are no mistake.
+        optimizers: How many optimizers step, by hand if several; each one's steps count, and how many a batch has is
+            up to the user, so that there is no telling the steps of an epoch or of the run.
     """
 
     total_steps: float
     steps_per_epoch: float
     debug: bool = False
+    optimizers: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,15 @@ class Moment:
         """Return the moment as a number of optimizer steps since the start of training.
 
         Raises:
-            ValueError: If the run has no end (percent) or no known epoch length (epochs).
+            ValueError: If the run has no end (percent) or no known epoch length (epochs), or several optimizers.
         """
-        if self.unit == "steps":
+        if self.unit == "steps" or self.value == 0:
             return int(self.value)
+        if run.optimizers > 1:
+            raise ValueError(
+                f"{argument}={str(self)!r} cannot be counted in a run of {run.optimizers} optimizers, each of whose steps "
+                "counts one; give a number of steps."
+            )
         length = run.total_steps if self.unit == "%" else run.steps_per_epoch
         if not math.isfinite(length):
             need = "max_steps or max_epochs" if self.unit == "%" else "a training loader with a length"
