@@ -1,10 +1,32 @@
-"""The newest state of a run, to go on from."""
+"""The checkpoints of a run: the best weights, and the newest state to go on from."""
 
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the best weights, over all the folders that a run has gone through.
+
+    Lightning's ``ModelCheckpoint`` forgets the best figure when a run goes on in another folder, and so may come to keep,
+    and to test, weights that are worse than those it had. Takes the same arguments.
+    """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over the best figure and its file, which stays where it is; start anew when the file is gone."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is None:
+            return
+        best = state["best_model_path"]
+        if best and self.file_exists(best, trainer):
+            state["dirpath"] = self.dirpath
+            return
+        if best:
+            rank_zero_info(f"the best weights so far, {best}, are gone: the best from here on is kept")
+        del checkpoint["callbacks"][self.state_key]
 
 
 class LastCheckpoint(Checkpoint):

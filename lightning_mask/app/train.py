@@ -35,7 +35,6 @@ _CHATTER = (
     "Loading `train_dataloader`",
 )
 _IGNORED = (
-    r".*dirpath has changed.*",
     r".*does not have many workers.*",
     r".*is not empty.*",
     r".*number of training batches.*smaller than the logging interval.*",
@@ -132,9 +131,7 @@ def _model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
             f"({', '.join(open_ones['class_names'])}): leave model.num_classes=null."
         )
     if _fused_cannot(cfg) and cfg.model.get("optimizer") == cfg.optimizer:
-        rank_zero_info(
-            "optimizer.fused=true is left out: a fused step cannot clip the gradient under mixed precision."
-        )
+        rank_zero_info("optimizer.fused=true is left out: a fused step cannot clip the gradient under mixed precision.")
         open_ones["optimizer"] = instantiate(cfg.optimizer, fused=None)
     made = instantiate(cfg.model, _partial_=True)(**open_ones)
     assert isinstance(made, LightningModule)

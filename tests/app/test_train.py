@@ -100,6 +100,23 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: Config, tmp_
     assert whole["val/loss"] == resumed["val/loss"]
 
 
+def test_a_resumed_run_still_knows_its_best_weights(config: Config, tmp_path: Path) -> None:
+    # The highest loss is the first one, so the best weights are from before the resume.
+    plain = [*TINY, "scheduler=none", "callbacks.best.monitor=val/loss", "callbacks.best.mode=max"]
+    places = [f"paths.output_dir={tmp_path / name}" for name in ("whole", "first", "second", "third")]
+    whole = train(config(*plain, "trainer.max_steps=8", places[0]))
+    train(config(*plain, "trainer.max_steps=4", places[1]))
+    start = f"ckpt_path={tmp_path / 'first/checkpoints/last.ckpt'}"
+    resumed = train(config(*plain, "trainer.max_steps=8", places[2], start))
+    assert all(resumed[name] == whole[name] for name in whole if name.startswith(("test/", "val/")))
+    (best,) = (tmp_path / "first/checkpoints").glob("best-*.ckpt")
+    best.unlink()
+    cfg = config(*plain, "trainer.max_steps=8", places[3], start)
+    train(cfg)
+    assert summary_of(cfg)["tested"].startswith("best: best-00000")
+    assert list((tmp_path / "third/checkpoints").glob("best-*.ckpt"))
+
+
 def test_the_same_seed_gives_the_same_figures_and_another_gives_others(config: Config) -> None:
     first, again, other = (train(config(*TINY, f"seed={seed}")) for seed in (1, 1, 2))
     assert first == again
@@ -212,7 +229,7 @@ def test_mixed_precision_trains_with_and_without_clipping(config: Config, tmp_pa
         assert summary_of(cfg)["mask"]["held_changed"] == 0
         ends.append(torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
     assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    train(config(*TINY, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0", "optimizer=adamw", "test=false"))
+    train(config(*TINY, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0", "test=false"))
 
 
 def test_no_callbacks_and_no_logger_is_a_plain_run(config: Config) -> None:
