@@ -4,11 +4,15 @@ import difflib
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import Container, DictConfig, ListConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -42,18 +46,22 @@ def task() -> Iterator[None]:
     """Run the part of the application that does the work: bad input is told in one line there, too.
 
     Errors that are not about input keep their traceback, without Hydra's frames; with ``HYDRA_FULL_ERROR=1`` all errors do.
+    In a sweep every error ends the sweep: Hydra would go on to the next job.
     """
-    if not _told_to_raise:
-        yield
-        return
-    _set(None)  # processes that are started inherit it
+    readable = _told_to_raise
+    if readable:
+        _set(None)  # processes that are started inherit it
     try:
         yield
     except Exception as error:
-        if _is_about_input(error):
+        if readable and is_about_input(error):
             stop(error)
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            traceback.print_exc()
+            sys.exit(1)
         raise
-    _set("1")  # the sweep goes on
+    if readable:
+        _set("1")  # the sweep goes on
 
 
 _told_to_raise = False
@@ -67,9 +75,14 @@ def _set(value: str | None) -> None:
 
 
 def stop(error: BaseException) -> NoReturn:
-    """Print one line about an error and leave with exit code 1."""
+    """Print one line about an error and leave with exit code 1.
+
+    Other ranks than the first wait a little: where the first has the same to say, it ends them meanwhile.
+    """
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     where = "" if rank == "0" else f"rank {rank}: "
+    if where:
+        time.sleep(3)
     print(f"{where}error: {explain(error)} ({FULL}=1 shows the traceback)", file=sys.stderr, flush=True)
     sys.exit(1)
 
@@ -94,6 +107,16 @@ def explain(error: BaseException) -> str:
     return _one_line(error)
 
 
+def is_about_input(error: BaseException) -> bool:
+    """Whether an error is told in one line, as what a user can mend in the command line, the configs or the data."""
+    if isinstance(error, InstantiationException):
+        return error.__cause__ is None or isinstance(error.__cause__, TypeError) or is_about_input(error.__cause__)
+    if isinstance(error, TypeError):
+        return "unexpected keyword argument" in str(error)  # a key that was added with + and that nobody takes
+    known = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
+    return isinstance(error, known) or type(error).__name__ == "MisconfigurationException"
+
+
 def check_complete(cfg: DictConfig) -> None:
     """Refuse a config in which a value that has no default was not given.
 
@@ -103,15 +126,6 @@ def check_complete(cfg: DictConfig) -> None:
     for key, node in _values(cfg):
         if node._is_missing():
             raise ValueError(f"{key} has no value yet: give it one with {key}=...")
-
-
-def _is_about_input(error: BaseException) -> bool:
-    if isinstance(error, InstantiationException):
-        return error.__cause__ is None or isinstance(error.__cause__, TypeError) or _is_about_input(error.__cause__)
-    if isinstance(error, TypeError):
-        return "unexpected keyword argument" in str(error)  # a key that was added with + and that nobody takes
-    known = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
-    return isinstance(error, known) or type(error).__name__ == "MisconfigurationException"
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,9 +3,11 @@
 import argparse
 import hashlib
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,6 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from lightning_mask.app.errors import is_about_input
 
 RUN = "LIGHTNING_MASK_RUN"
 _LAUNCHER_SETS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -56,6 +60,27 @@ def one_job() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def all_ranks_end(trainer: Trainer) -> Iterator[None]:
+    """End the processes that Lightning started for a run when the run fails here: they would wait for this one for ever.
+
+    Unless the input is to blame, which all of them say alike, they have five seconds to tell what went wrong with them.
+    """
+    try:
+        yield
+    except BaseException as error:
+        started: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
+        ranks = [process for process in started if isinstance(process, subprocess.Popen)]
+        started.clear()  # else Lightning, which watches them, would end this process, too
+        until = time.monotonic() + (0 if is_about_input(error) else 5)
+        for process in ranks:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, until - time.monotonic()))
+            process.kill()
+            process.wait()
+        raise
 
 
 def job_command(argv: Sequence[str], config_name: str, task: Sequence[str], hydra: Sequence[str]) -> list[str]:

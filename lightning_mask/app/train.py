@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from lightning_mask.app import errors
 from lightning_mask.app.checkpoints import LastCheckpoint
-from lightning_mask.app.launch import SameConfig, agree_on_run, one_job
+from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PruneMask, RunReport
 
@@ -66,6 +66,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
     callbacks = _callbacks(cfg)
     trainer = _trainer(cfg, [SameConfig(cfg), *callbacks])
 
+    with all_ranks_end(trainer):
+        return _run(cfg, data, model, callbacks, trainer, started)
+
+
+def _run(
+    cfg: DictConfig,
+    data: LightningDataModule,
+    model: LightningModule,
+    callbacks: list[Callback],
+    trainer: Trainer,
+    started: float,
+) -> dict[str, float]:
     facts: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     seconds: dict[str, float] = {}

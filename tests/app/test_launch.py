@@ -1,6 +1,7 @@
 """Several processes, one job: sweeps under DDP, ranks that disagree, torchrun."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -95,9 +96,57 @@ def test_in_a_sweep_all_ranks_run_the_same_job(sweeper: str, tmp_path: Path) -> 
 def test_a_failing_job_ends_the_sweep(tmp_path: Path) -> None:
     done = train_command("-m", *TWO, "mask.train=[net.nope],[net.classifier]", cwd=tmp_path, timeout=120)
     assert done.returncode != 0
+    assert done.stdout.count("error: ") == 1
     assert "net.nope" in done.stdout
     assert "Traceback" not in done.stdout
     assert not list(tmp_path.rglob("summary.json"))
+
+
+FAILS = dedent(
+    """
+    import os
+    from pathlib import Path
+    from lightning.pytorch import Callback
+
+
+    class Fails(Callback):
+        def __init__(self, folder, ranks):
+            self.folder, self.ranks = folder, ranks
+
+        def on_train_batch_start(self, trainer, *_):
+            Path(self.folder, str(os.getpid())).touch()
+            if trainer.global_step == 1 and trainer.global_rank in self.ranks:
+                raise RuntimeError("out of luck")
+    """
+)
+
+
+def runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["[0]", "[1]"])
+def test_an_error_in_training_ends_the_sweep_and_every_rank(ranks: str, tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text(FAILS)
+    (tmp_path / "pids").mkdir()
+    bad = [
+        "+callbacks.bad._target_=fails.Fails",
+        f"+callbacks.bad.folder={tmp_path}/pids",
+        f"+callbacks.bad.ranks={ranks}",
+    ]
+    done = train_command("-m", *TWO, "mask=head", *bad, "seed=0,1", cwd=tmp_path, timeout=90, PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "RuntimeError: out of luck" in done.stdout
+    (sweep,) = (tmp_path / "logs/smoke/sweeps").iterdir()
+    assert [job.name for job in sweep.iterdir() if job.is_dir()] == ["0"]
+    pids = [int(file.name) for file in (tmp_path / "pids").iterdir()]
+    assert len(pids) == 2
+    assert not any(map(runs, pids))
 
 
 @pytest.mark.slow
