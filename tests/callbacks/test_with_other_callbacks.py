@@ -8,9 +8,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     OnExceptionCheckpoint,
@@ -201,20 +203,40 @@ def test_a_run_that_fails_in_the_middle_of_a_step_leaves_held_entries_exact(firs
     fit(net, FreezeMask("stem"))  # and the module trains on
 
 
-def test_a_learning_rate_finder_and_a_batch_size_finder_do_not_disturb() -> None:
-    from lightning.pytorch.callbacks import LearningRateFinder
-
+@pytest.mark.parametrize("finder", ["rate", "size"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_learning_rate_finder_and_a_batch_size_finder_do_not_disturb(finder: str, first: bool) -> None:
     class Tuned(Net):
         def __init__(self) -> None:
             super().__init__()
-            self.lr = 0.02
+            self.lr, self.batch_size = 0.02, 4
+
+        def train_dataloader(self) -> Any:
+            return loader(size=self.batch_size)
+
+        def val_dataloader(self) -> Any:
+            return loader(16)
 
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
     net = Tuned()
     before = weights(net)
-    freeze = FreezeMask("head")
-    run = trainer(freeze, LearningRateFinder(num_training_steps=5), max_epochs=1)
-    run.fit(net, loader())
-    assert changed(before, weights(net)) == names(net, "head")
+    ours = [
+        FreezeMask("head", score="random", density=0.5, scope="stem.weight"),
+        PruneMask(0.5, scope="head.weight", start="1 steps", schedule="constant"),
+    ]
+    theirs: Any = BatchSizeFinder(steps_per_trial=2, init_val=4, max_trials=2)
+    if finder == "rate":
+        theirs = LearningRateFinder(num_training_steps=15)
+    run = trainer(*((*ours, theirs) if first else (theirs, *ours)), max_epochs=1)
+    run.fit(net)
+    assert (net.batch_size == 8) == (finder != "rate")
+    assert (net.lr != 0.02) == (finder != "size")
+    assert run.global_step == 64 // net.batch_size
+    where = moved(before, weights(net))
+    assert {n for n, m in where.items() if bool(m.any())} == names(net, "head", "stem.weight")
+    assert int((net.head.weight == 0).sum()) == 12
+    held = ~ours[0].masks["stem.weight"]
+    assert int(held.sum()) == 48
+    assert not bool((where["stem.weight"] & held).any())
