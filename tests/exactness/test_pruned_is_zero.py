@@ -5,7 +5,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from plain_and_ours import Setting, Task, adamw, bits, fit, inject, make_batches, make_net, prefixed, same
+from optimizer_cases import OptimizerCase, optimizer_cases
+from plain_and_ours import (
+    ENGINES,
+    Setting,
+    Task,
+    adamw,
+    bits,
+    fit,
+    inject,
+    make_batches,
+    make_net,
+    prefixed,
+    same,
+    trained,
+)
 from torch import Tensor, nn
 
 from lightning_mask import FreezeMask, MaskSet, PruneMask
@@ -139,3 +153,22 @@ def test_held_and_pruned_together():
     held = alive & ~lets["few.weight"]
     assert torch.equal(bits(net.few.weight)[held], bits(start.few.weight)[held])
     assert bool((bits(net.few.weight) != bits(start.few.weight))[alive & lets["few.weight"]].all())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", optimizer_cases(), ids=lambda case: case.name)
+def test_pruned_is_zero_and_the_count_exact_under_every_optimizer(case: OptimizerCase, engine: str):
+    """Three updates of a ramp, each over the moments of the steps before; the alive half trains on."""
+    net, scope = make_net(), ["net.few.weight", "net.most.weight", "net.some.weight"]
+    if case.cls is torch.optim.LBFGS:  # it flattens gradients in a way that an odd layout does not allow
+        net.conv.to(memory_format=torch.contiguous_format)
+    for parameter in net.parameters():
+        parameter.requires_grad_(case.takes(parameter))
+    ramp = {"start": "2 steps", "end": "6 steps", "every": "2 steps"}
+    pruner = PruneMask(0.7, scope=scope, **ramp)
+    watch = Watch(pruner)
+    fit(Task(net, case.make), [pruner, watch], make_batches(9), Setting(engine=engine))
+    assert watch.zeros == zeros_by_hand(0.7, "cubic", 2, 6, 2, n=640)[:9]
+    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
+    alive = {name.removeprefix("net."): mask for name, mask in pruner.masks.items()}
+    assert trained(net, make_net(), alive) > 0.9 * pruner.masks.count()
