@@ -355,7 +355,7 @@ class Session:
         if self.engine is None:
             self.zero_pruned()
             self.engine_reason = choose_engine(self.trainer, self.module, {m.engine for m in self.members})
-            early = self.trainer.world_size == 1 and not any(p.regrow == "gradient" for p in self.pruners)
+            early = self.trainer.world_size == 1 and not any(p.regrow for p in self.pruners)
             self.engine = MaskEngine(
                 self.module,
                 self.trainer.optimizers,

@@ -1,13 +1,16 @@
-"""Compact: the active entries of a tensor as a 1-D parameter, which takes the dense one's place in the optimizer."""
+"""Compact: the active entries of a tensor as a small parameter, which takes the dense one's place in the optimizer."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_mask.core.optimizers import initial_value
+from lightning_mask.core.rows import RowGradients
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (
     torch.optim.SGD,
@@ -26,6 +29,10 @@ ELEMENTWISE: tuple[type[Optimizer], ...] = (
 
 BREAK_EVEN = 0.5
 """Up to this density a compact tensor takes no more time, and less memory, than a dense one (scripts/benchmark.py density)."""
+
+LINES_FROM = 4096
+"""A tensor of fewer entries is held entry by entry also where whole lines are active: there is nothing to save, and a
+matrix product with a very short side is rounded in another way than its part."""
 
 _LANES = 16
 
@@ -48,7 +55,12 @@ class Slots:
         start = -(-self.body // _LANES) * _LANES
         self.tail = index[self.body :] - (n - n % _LANES) + start
         self.size = start + (n % _LANES if len(self.tail) else 0)
+        self.compact_shape: tuple[int, ...] = (self.size,)
         self.index = index.to(torch.int32) if n < 2**31 else index
+
+    def entries(self) -> Tensor:
+        """Return the sorted flat indices of the active entries."""
+        return self.index
 
     def gather(self, dense: Tensor, fill: float = 0.0) -> Tensor:
         """Return the (size,) tensor of the active entries of ``dense``; ``fill`` stands where there is none."""
@@ -74,6 +86,37 @@ class Slots:
         return self.scatter_(compact, dense)
 
 
+class Lines:
+    """The same for a tensor of which whole rows or columns are active: the compact one is made of them.
+
+    Args:
+        shape: Shape of the dense tensor.
+        dim: 0 for rows, 1 for columns.
+        index: Sorted int64 indices of the active ones.
+    """
+
+    def __init__(self, shape: torch.Size, dim: int, index: Tensor) -> None:
+        self.shape, self.dim, self.index = shape, dim, index
+        self.compact_shape = (*shape[:dim], len(index), *shape[dim + 1 :])
+        self.size = math.prod(self.compact_shape)
+
+    def entries(self) -> Tensor:
+        """Return the sorted flat indices of the active entries."""
+        return Slots(self.scatter(torch.ones(self.compact_shape, dtype=torch.bool, device=self.index.device))).index
+
+    def gather(self, dense: Tensor, fill: float = 0.0) -> Tensor:
+        """Return the active lines of ``dense``."""
+        return dense.index_select(self.dim, self.index.to(dense.device))
+
+    def scatter_(self, compact: Tensor, dense: Tensor) -> Tensor:
+        """Write the active lines into ``dense`` and return it; its other entries are not touched."""
+        return dense.index_copy_(self.dim, self.index.to(dense.device), compact)
+
+    def scatter(self, compact: Tensor, fill: float = 0.0) -> Tensor:
+        """Return a dense tensor with the active lines of ``compact``, and ``fill`` elsewhere."""
+        return self.scatter_(compact, torch.full(self.shape, fill, dtype=compact.dtype, device=compact.device))
+
+
 def servable(optimizer: Optimizer, parameter: Tensor) -> str | None:
     """Return None if the active entries of ``parameter`` can be handed to ``optimizer`` alone, else why they cannot."""
     if type(optimizer) not in ELEMENTWISE:
@@ -84,10 +127,11 @@ def servable(optimizer: Optimizer, parameter: Tensor) -> str | None:
 
 
 class Compact:
-    """Trains the active entries of one tensor through a 1-D parameter of their values.
+    """Trains the active entries of one tensor through a parameter of their values.
 
-    After backward their gradients are gathered and the dense gradient is freed; after the step the values are scattered
-    back. The optimizer never sees a held entry, so none can move, and its state has the size of what is active.
+    After backward their gradients are gathered and the dense gradient is freed (of whole lines of a module's weight,
+    backward makes no other gradient); after the step the values are scattered back. The optimizer never sees a held
+    entry, so none can move, and its state has the size of what is active.
 
     Args:
         name: The parameter's name, for errors.
@@ -95,11 +139,20 @@ class Compact:
         slots: Where its active entries stand.
         optimizer: The elementwise optimizer that holds it; its group keeps its place, and its state is carried over.
         early: Gather as soon as backward has accumulated the gradient (not where it is still to be reduced over ranks).
+        module: With ``Lines``: the module whose weight the parameter is.
 
     ``ahead`` says whether the optimizer may have changed the values since the dense parameter was last written.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, slots: Slots, optimizer: Optimizer, early: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        slots: Slots | Lines,
+        optimizer: Optimizer,
+        early: bool,
+        module: nn.Module | None = None,
+    ) -> None:
         self.name, self.parameter, self.optimizer, self.slots = name, parameter, optimizer, slots
         self.values = nn.Parameter(slots.gather(parameter.detach()))
         self.ahead = False
@@ -108,8 +161,14 @@ class Compact:
             _convert(optimizer, parameter, self.values, slots.gather)
         elif parameter in optimizer.state:
             optimizer.state[self.values] = optimizer.state.pop(parameter)
-        self._hook = parameter.register_post_accumulate_grad_hook(lambda _: self.gather()) if early else None
         self.gather()
+        self.lines: RowGradients | None = None
+        self._hook: RemovableHandle | None = None
+        if module is not None and isinstance(slots, Lines):
+            parameter.requires_grad_(False)
+            self.lines = RowGradients(module, self.values, slots.index, slots.dim)
+        elif early:
+            self._hook = parameter.register_post_accumulate_grad_hook(lambda _: self.gather())
 
     def gather(self) -> None:
         """Move the gradient of the active entries to the compact parameter, and free the dense one.
@@ -145,6 +204,9 @@ class Compact:
         """Give the dense parameter its place back, with the state and gradient of the active entries, zero elsewhere."""
         if self._hook is not None:
             self._hook.remove()
+        if self.lines is not None:
+            self.lines.remove()
+            self.parameter.requires_grad_(True)
         if self.values.grad is not None:
             self.parameter.grad = self.slots.scatter(self.values.grad)
         self._put(self.values, self.parameter)
@@ -155,18 +217,20 @@ class Compact:
             group["params"] = [new if p is old else p for p in group["params"]]
 
 
-def is_compact(state: dict[str, Any], parameter: Tensor, slots: Slots) -> bool:
+def is_compact(state: dict[str, Any], parameter: Tensor, slots: Slots | Lines) -> bool:
     """Whether an optimizer's state is of the active entries alone (a dense tensor is never of a compact one's size)."""
-    return any(isinstance(v, Tensor) and v.shape == (slots.size,) != tuple(parameter.shape) for v in state.values())
+    return any(
+        isinstance(v, Tensor) and v.shape == slots.compact_shape != tuple(parameter.shape) for v in state.values()
+    )
 
 
-def widen_state(optimizer: Optimizer, parameter: Tensor, slots: Slots) -> None:
+def widen_state(optimizer: Optimizer, parameter: Tensor, slots: Slots | Lines) -> None:
     """Give a dense parameter dense state where a checkpoint of a compact run brought that of the active entries."""
     state = optimizer.state.get(parameter, {})
     if not is_compact(state, parameter, slots):
         return
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == (slots.size,):
+        if isinstance(value, Tensor) and value.shape == slots.compact_shape:
             state[key] = slots.scatter(value, initial_value(optimizer, parameter, key))
 
 

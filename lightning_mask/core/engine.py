@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mask.core.ages import Ages, corrects_bias
-from lightning_mask.core.compact import BREAK_EVEN, Compact, Slots, servable, widen_state
+from lightning_mask.core.compact import BREAK_EVEN, LINES_FROM, Compact, Lines, Slots, is_compact, servable, widen_state
 from lightning_mask.core.holders import Holder, make_holder
 from lightning_mask.core.maskset import MaskSet, active
 from lightning_mask.core.optimizers import (
@@ -23,6 +23,7 @@ from lightning_mask.core.optimizers import (
     wrap_closure,
 )
 from lightning_mask.core.patterns import aliases
+from lightning_mask.core.rows import supports, whole_lines
 
 ENGINES = ("auto", "compact", "dense")
 
@@ -108,6 +109,7 @@ class MaskEngine:
         self._refused: dict[str, str] = {}
         self._ages: dict[str, Ages] = {name: Ages(cohorts) for name, cohorts in (ages or {}).items()}
         self._held: set[str] = set()
+        self._direct: set[str] = set()
         self._whole: dict[str, Holder] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
         self._norms: dict[nn.Module, list[RemovableHandle]] = {}
@@ -141,8 +143,11 @@ class MaskEngine:
             ):  # Lightning's untoggle_optimizer gives back what it saw before the masks changed
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        for compact in self._compact.values():
-            compact.gather()
+        for name, compact in list(self._compact.items()):
+            if compact.lines is not None and not compact.lines.called and compact.values.grad is None:
+                self._serve_directly(name)
+            else:
+                compact.gather()
         for name, holder in self._holders.items():
             gradient = self._parameters[name].grad
             if gradient is None:
@@ -220,7 +225,7 @@ class MaskEngine:
         for name, mask in self.masks.items():
             parameter = self._parameters[name]
             if name in self._compact:
-                entries[parameter] = self._compact[name].slots.index
+                entries[parameter] = self._compact[name].slots.entries()
             elif 0 < active(mask) <= BREAK_EVEN * mask.numel():
                 entries[parameter] = Slots(mask.to(parameter.device)).index
         return entries
@@ -265,7 +270,7 @@ class MaskEngine:
         """Set every active entry to its value in ``weights``, by parameter name, and start its moments afresh."""
         for name, value in weights.items():
             parameter = self._parameters[name]
-            if not parameter.requires_grad:
+            if name in self._held:
                 continue
             mask = self.masks.get(name, torch.tensor(True)).to(parameter.device)
             parameter.copy_(torch.where(mask, value.to(parameter.device), parameter))
@@ -403,13 +408,18 @@ class MaskEngine:
     def _hold(self, name: str, mask: Tensor, count: int) -> None:
         """Hold a tensor of which some entries are active."""
         if name in self._compact:  # its mask did not change
+            if self._compact[name].lines is not None:
+                self._parameters[name].requires_grad_(False)
             return
         parameter, owners = self._parameters[name], self._owners[id(self._parameters[name])]
         if self._way == "compact" and count <= BREAK_EVEN * parameter.numel():
             reason = servable(owners[0], parameter) if len(owners) == 1 else "several optimizers hold it"
-            slots = Slots(mask) if reason is None else None
+            module, lines = self._lines(name, mask) if reason is None and self._early else (None, None)
+            slots = lines or Slots(mask) if reason is None else None
             if slots is not None and slots.size <= BREAK_EVEN * parameter.numel():
-                self._compact[name] = Compact(name, parameter, slots, owners[0], self._early)
+                if name in self._stored and not is_compact(owners[0].state.get(parameter, {}), parameter, slots):
+                    self._widen(name)
+                self._compact[name] = Compact(name, parameter, slots, owners[0], self._early, module)
                 return
             if reason is not None:
                 self._refused[name] = reason
@@ -417,12 +427,33 @@ class MaskEngine:
             self._widen(name)
         self._holders[name] = make_holder(parameter.data, mask, count)
 
+    @torch.no_grad()
+    def _serve_directly(self, name: str) -> None:
+        """Hold as scattered entries the lines of a weight that is used past its module's forward, where no hook sees it."""
+        self._compact.pop(name).remove()
+        self._direct.add(name)
+        mask = self.masks[name].to(self._parameters[name].device)
+        self._hold(name, mask, active(mask))
+        self._apply_rates()
+
+    def _lines(self, name: str, mask: Tensor) -> tuple[nn.Module | None, Lines | None]:
+        """The module and the active lines of a weight of which backward can compute these alone."""
+        path, _, attribute = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        alone = len(self._aliases[name]) == 1 and name not in self._direct and mask.numel() >= LINES_FROM
+        found = whole_lines(mask) if alone else None
+        if found is None or not supports(module, attribute, found[0]):
+            return None, None
+        return module, Lines(mask.shape, *found)
+
     def _widen(self, name: str) -> None:
         """Make an optimizer's state dense that a checkpoint brought for the active entries of a compact tensor."""
         parameter = self._parameters[name]
-        slots = Slots(self._stored.pop(name).to(parameter.device))
-        for owner in self._owners.get(id(parameter), []):
-            widen_state(owner, parameter, slots)
+        mask = self._stored.pop(name).to(parameter.device)
+        lines = whole_lines(mask)
+        for slots in [Slots(mask)] if lines is None else [Slots(mask), Lines(mask.shape, *lines)]:
+            for owner in self._owners.get(id(parameter), []):
+                widen_state(owner, parameter, slots)
 
     def _check(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -466,7 +497,10 @@ class MaskEngine:
         n = parameter.numel()
         count = active(self.masks[name]) if name in self.masks else n * parameter.requires_grad
         whole = "requires_grad" if count == 0 and n else "-"
-        part = "compact" if name in self._compact else "dense"
+        compact = self._compact.get(name)
+        part = "dense" if compact is None else "compact"
+        if compact is not None and isinstance(compact.slots, Lines):
+            part = "columns" if compact.slots.dim else "rows"
         held_by = part if 0 < count < n and name in self.masks else whole
         return Row(name, tuple(parameter.shape), count, count / n if n else 0.0, held_by)
 

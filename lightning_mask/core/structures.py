@@ -30,6 +30,11 @@ def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its first two dimensions exchanged."""
+    return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else shape
+
+
 def _expand_rows(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return mask.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous() if shape else mask.view(())
 
@@ -45,6 +50,16 @@ STRUCTURES: dict[str, Structure] = {
         units=_rows,
         reduce=lambda score: score.float().reshape(_rows(tuple(score.shape)), -1).mean(1),
         expand=_expand_rows,
+    ),
+    # An input unit: dimension 1 of such a weight; each entry of a vector.
+    "column": Structure(
+        units=lambda shape: _rows(_turned(shape)),
+        reduce=lambda score: STRUCTURES["row"].reduce(score.movedim(1, 0) if score.dim() > 1 else score),
+        expand=lambda mask, shape: (
+            _expand_rows(mask, _turned(shape)).movedim(0, 1).contiguous()
+            if len(shape) > 1
+            else _expand_rows(mask, shape)
+        ),
     ),
     "tensor": Structure(
         units=lambda shape: 1,

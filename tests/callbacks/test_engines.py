@@ -1,6 +1,7 @@
 """The ways of holding scattered entries give equal networks; they differ in what they cost and in what is in ``.grad``."""
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +12,18 @@ import pytest
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_module
 from lightning.pytorch.callbacks import ModelCheckpoint
-from mask_nets import Net, fit
+from mask_nets import Block, Net, fit, loader
 from torch import Tensor
 
-from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 
 PLANS: dict[str, Callable[[str], list[Any]]] = {
     "freeze": lambda e: [FreezeMask("head", score="random", density=0.3, engine=e)],
     "drawn anew": lambda e: [FreezeMask("head", score="random", density=0.3, refresh="3 steps", engine=e)],
+    "columns": lambda e: [
+        FreezeMask("head", score="random", density=0.3, structure="column", refresh="3 steps", engine=e)
+    ],
+    "SET": lambda e: [PruneMask(0.7, start="0%", end="80%", every="2 steps", regrow="random", engine=e)],
     "rows": lambda e: [FreezeMask("head", score="magnitude", density=0.3, structure="row", engine=e)],
     "ramp": lambda e: [PruneMask(0.8, start="1 steps", end="10 steps", every="2 steps", engine=e)],
     "RigL": lambda e: [PruneMask(0.7, start="0%", end="80%", every="2 steps", regrow="gradient", engine=e)],
@@ -86,7 +91,7 @@ class Alive(pl.Callback):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_compact_equals_dense(plan: str) -> None:
-    nets = {engine: Net() for engine in ("compact", "dense")}
+    nets = {engine: Roomy() if plan == "columns" else Net() for engine in ("compact", "dense")}
     callbacks = {engine: PLANS[plan](engine) for engine in nets}
     for engine, net in nets.items():
         fit(net, *callbacks[engine])
@@ -115,6 +120,83 @@ def test_memory_follows_the_density() -> None:
     assert max(dense.gradients) > 50 * max(alive.gradients)
     assert [len(g) for g in alive.groups] == [len(g) for g in dense.groups]
     assert alive.groups == dense.groups
+
+
+# Whole rows and columns.
+
+
+class Roomy(Net):
+    """A network with linears large enough to train by lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.stem = torch.nn.Linear(8, 96)
+            self.blocks = torch.nn.ModuleList([Block(96, "layer", 0.0) for _ in range(2)])
+            self.head = torch.nn.Linear(96, 2)
+
+
+@pytest.mark.parametrize(("structure", "held_by"), [("row", "rows"), ("column", "columns"), ("tensor", None)])
+@pytest.mark.parametrize("engine", ["auto", "dense"])
+def test_lines_of_a_linear_train_without_a_dense_gradient(structure: str, held_by: str | None, engine: str) -> None:
+    nets, seen = {}, []
+
+    class Look(pl.Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            seen.append(all(block.lin.weight.grad is None for block in pl_module.blocks))
+
+    for way in (engine, "dense"):
+        nets[way] = Roomy()
+        callback = FreezeMask(
+            "head", scope="blocks.*.lin.weight", score="magnitude", density=0.25, structure=structure, engine=way
+        )
+        held: list[str] = []
+
+        class Summary(pl.Callback):
+            def on_train_end(self, trainer: Any, pl_module: Any, held: list[str] = held) -> None:
+                held.extend(row["held by"] for row in callback.summary())  # noqa: B023
+
+        fit(nets[way], callback, Look(), Summary())
+        if way == "auto" and held_by:
+            assert all(seen)
+            assert held.count(held_by) == 2
+    assert equal(nets[engine], nets["dense"])
+    assert not equal(nets[engine], Roomy())
+
+
+class Words(Net):
+    """An embedding table and its lookup by two ways."""
+
+    def __init__(self, direct: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.direct = torch.nn.Embedding(5000, 12), direct
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x * 1000).long().remainder(5000)
+        rows = torch.nn.functional.embedding(tokens, self.table.weight) if self.direct else self.table(tokens)
+        return self.head(rows.mean(1))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_few_new_tokens_do_not_cost_a_table(direct: bool) -> None:
+    mask = torch.zeros(5000, 12, dtype=torch.bool)
+    used = (next(iter(loader()))[0] * 1000).long().remainder(5000).unique()
+    mask[used[::2]] = True
+    masks = MaskSet({"table.weight": mask})
+    nets, alive = {}, {}
+    for engine in ("auto", "dense"):
+        nets[engine], alive[engine] = Words(direct), Alive()
+        fit(nets[engine], FreezeMask(["head"], engine=engine, mask=masks), alive[engine])
+    moved = (nets["auto"].table.weight != Words(direct).table.weight).any(1)
+    assert torch.equal(nets["dense"].table.weight != Words(direct).table.weight, mask)
+    if direct:  # the first step finds out that nobody calls the table
+        assert torch.equal(moved, mask.any(1))
+        return
+    assert equal(nets["auto"], nets["dense"])
+    assert max(alive["auto"].gradients) <= mask.sum() + 26
+    assert max(alive["auto"].state) <= 2 * (mask.sum() + 26)
 
 
 # Code of the user's that reads gradients.
@@ -216,19 +298,19 @@ def test_what_others_write_to_active_entries_stays(moment: str) -> None:
 # From one engine to another.
 
 
-def saved(engine: str, plan: str, folder: Path, at: int) -> tuple[Net, Path]:
-    net = Net(dropout=0.1)
+def saved(engine: str, plan: str, folder: Path, at: int, net: Net) -> tuple[Net, Path]:
     keep = ModelCheckpoint(str(folder), every_n_train_steps=at, save_top_k=-1, filename="{step}")
     torch.manual_seed(5)
     fit(net, *PLANS[plan](engine), keep, enable_checkpointing=True)
     return net, folder / f"step={at}.ckpt"
 
 
-@pytest.mark.parametrize("plan", ["freeze", "drawn anew", "ramp", "RigL", "phases", "together"])
+@pytest.mark.parametrize("plan", ["freeze", "drawn anew", "columns", "ramp", "RigL", "phases", "together"])
 @pytest.mark.parametrize(("before", "after"), [("dense", "compact"), ("compact", "dense"), ("compact", "compact")])
 def test_a_checkpoint_of_one_engine_resumes_in_another(plan: str, before: str, after: str, tmp_path: Path) -> None:
-    straight, path = saved(before, plan, tmp_path, 8)
-    resumed = Net(dropout=0.1)
+    make = Roomy if plan == "columns" else functools.partial(Net, dropout=0.1)
+    straight, path = saved(before, plan, tmp_path, 8, make())
+    resumed = make()
     fit(resumed, *PLANS[plan](after), ckpt=str(path))
     assert equal(resumed, straight)
 

@@ -110,7 +110,9 @@ def test_entries_that_come_back_start_from_zero_moments_and_those_that_stay_keep
             last[trainer.global_step] = (state["exp_avg"].clone(), state["exp_avg_sq"].clone())
 
     last: dict[int, Any] = {}
-    phases = [Phase("4 steps", mask=masks[0]), Phase("8 steps", mask=masks[1]), Phase(mask=masks[2])]
+    phases = [
+        Phase(until, mask=mask, engine="dense") for until, mask in zip(["4 steps", "8 steps", None], masks, strict=True)
+    ]
     fit(Net(), PhaseUnfreeze(phases), Look())
     for step, back, stay in ((4, columns >= 6, (columns >= 4) & (columns < 6)), (8, columns < 4, columns.eq(5))):
         for now, then in zip(moments[step], last[step], strict=True):
