@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -19,7 +20,7 @@ def training_batches(trainer: Trainer, count: int) -> Iterator[Any]:
     """Yield up to ``count`` training batches of this rank, on its device.
 
     They come from copies of the run's own loaders, so that an iteration in progress and a loader's saved state stay as
-    they are; the global random states are put back afterwards.
+    they are; the random states, global and of the loaders' own generators, are put back afterwards.
 
     Raises:
         ValueError: If the training data can be iterated over only once.
@@ -29,11 +30,29 @@ def training_batches(trainer: Trainer, count: int) -> Iterator[Any]:
     fresh = CombinedLoader(_copy_loaders(loaders.iterables), loaders._mode)
     module = trainer.lightning_module
     count = int(min(count, trainer.num_training_batches))
-    with isolate_rng():
+    with isolate_rng(), _keep_generators(loaders.flattened):
         for batch, _, _ in islice(iter(fresh), count):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+@contextmanager
+def _keep_generators(loaders: list[Any]) -> Iterator[None]:
+    """Put back the generators that loaders, their samplers and batch samplers draw from."""
+    parts = [
+        part
+        for loader in loaders
+        for whole in (loader, getattr(loader, "batch_sampler", None))
+        for part in (whole, getattr(whole, "sampler", None))
+    ]
+    found = {id(g): g for part in parts if isinstance(g := getattr(part, "generator", None), torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def begin_epoch_again(trainer: Trainer) -> None:
@@ -67,13 +86,13 @@ def _copy_loaders(loaders: Any) -> Any:
     return loaders
 
 
-def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
+def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor | None:
     """Return the loss of one batch: from ``module.mask_loss(batch)`` where it is defined, else from its training step.
 
-    The training step runs with logging silenced and metrics kept as they are.
+    The training step runs with logging silenced and metrics kept as they are. None where it skips the batch.
 
     Raises:
-        ValueError: If the module optimizes manually and has no ``mask_loss``, or no loss comes back.
+        ValueError: If the module optimizes manually and has no ``mask_loss``, or what comes back is no loss.
     """
     own = getattr(module, "mask_loss", None)
     with trainer.precision_plugin.forward_context(), isolate_rng():
@@ -89,7 +108,7 @@ def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
                 f"{type(module).__name__} optimizes manually, so its training_step cannot be used to score entries; define "
                 "mask_loss(self, batch) that returns the loss, or choose a criterion without data."
             )
-    if not isinstance(loss, Tensor):
+    if loss is not None and not isinstance(loss, Tensor):
         raise ValueError(
             f"{type(module).__name__} returned {type(loss).__name__} for a batch; a criterion needs its loss."
         )

@@ -101,7 +101,7 @@ class Context:
 
     Args:
         model: The module that owns the parameters.
-        loss: Maps a batch to a scalar loss, with gradients.
+        loss: Maps a batch to a scalar loss, with gradients; or to None, and :meth:`gradients` passes over the batch.
         batches: Called to get the training batches, fewer or more as the selection says.
         seed: Seed of the selection.
         reference: Weights to compare with (at the start of training), by parameter name.
@@ -110,7 +110,7 @@ class Context:
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[object], Tensor] | None = None,
+        loss: Callable[[object], Tensor | None] | None = None,
         batches: Callable[[], Iterable[object]] | None = None,
         seed: int = 0,
         reference: Mapping[str, Tensor] | None = None,
@@ -137,7 +137,19 @@ class Context:
         return self._batches()
 
     def loss(self, batch: object) -> Tensor:
-        """Return the scalar loss of one batch."""
+        """Return the scalar loss of one batch.
+
+        Raises:
+            ValueError: If there is no loss function, or it gives none for this batch.
+        """
+        loss = self._maybe_loss(batch)
+        if loss is None:
+            raise ValueError(
+                "A criterion asked for a loss and no loss came back for this batch; let the criterion pass over it."
+            )
+        return loss
+
+    def _maybe_loss(self, batch: object) -> Tensor | None:
         if self._loss is None:
             raise ValueError("This criterion needs a loss; pass loss=, or pick one without data.")
         return self._loss(batch)
@@ -151,15 +163,18 @@ class Context:
         with _ready_for_gradients(self.model, tensors):
             seen = 0
             for batch in self.batches:
-                seen += 1
                 with torch.enable_grad():
-                    found = torch.autograd.grad(self.loss(batch), tensors, allow_unused=True)
+                    loss = self._maybe_loss(batch)
+                    if loss is None:
+                        continue
+                    found = torch.autograd.grad(loss, tensors, allow_unused=True)
+                seen += 1
                 yield {
                     name: torch.zeros_like(p) if g is None else g.detach()
                     for (name, p), g in zip(params.items(), found, strict=True)
                 }
             if not seen:
-                raise ValueError("This criterion needs training batches, and the training data gave none.")
+                raise ValueError("This criterion needs training batches with a loss, and the training data gave none.")
 
 
 @contextmanager
