@@ -1,11 +1,98 @@
 """The checkpoints of a run: the best weights, and the newest state to go on from."""
 
+import os
+import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Write a checkpoint under another name in its own folder, then rename it; read it without unpickling.
+
+    Lightning writes into the machine's temporary folder first; where that is on another file system, it then copies, over
+    the last good checkpoint, and a run that is ended meanwhile has none.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a file whole or not at all."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(".checkpoint.tmp")
+        try:
+            torch.save(checkpoint, temporary)
+            os.replace(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file of tensors and plain values.
+
+        Raises:
+            ValueError: If it is damaged or no checkpoint.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location)
+        return _read(path, map_location)
+
+
+def check_checkpoint(path: str | Path, model: LightningModule) -> None:
+    """Refuse a file that a run with this model cannot go on from.
+
+    Args:
+        path: A file, or a folder that a strategy wrote, which is not looked into.
+        model: A module that changes checkpoints when it reads them, or makes its layers late, is not compared.
+
+    Raises:
+        ValueError: If it is damaged, no Lightning checkpoint, or of another model.
+    """
+    if Path(path).is_dir():
+        return
+    there, here = _read(path, "cpu", mmap=True)["state_dict"], model.state_dict()
+    if not model.strict_loading or any(is_overridden(n, model) for n in ("on_load_checkpoint", "configure_model")):
+        return
+    differing = next((n for n in [*here, *there] if _shape(there.get(n)) != _shape(here.get(n))), None)
+    if differing is not None:
+        raise ValueError(
+            f"ckpt_path={path} is of another model: {differing} is {_shape(there.get(differing))} there and "
+            f"{_shape(here.get(differing))} here. Give the model's options that it was made with."
+        )
+
+
+def _read(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        objects = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        what = (
+            f"holds Python objects ({objects[1]}), which are not loaded" if objects else "is damaged, or no checkpoint"
+        )
+        raise ValueError(f"ckpt_path={path} {what}: give another one.") from error
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        raise ValueError(f"ckpt_path={path} is not a checkpoint of Lightning's: it has no state_dict.")
+    return dict(content)
+
+
+def _shape(value: Any) -> str:
+    if value is None:
+        return "missing"
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 class BestCheckpoint(ModelCheckpoint):

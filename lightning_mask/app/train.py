@@ -1,6 +1,7 @@
 """Train by mask from a composed config: `lightning-mask-train`, `python -m lightning_mask.app.train`, or `train(cfg)`."""
 
 import logging
+import re
 import sys
 import time
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.utils import instantiate
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -18,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_mask.app import errors
-from lightning_mask.app.checkpoints import LastCheckpoint
+from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PruneMask, RunReport
@@ -41,7 +43,6 @@ _IGNORED = (
     r".*exists and is not empty.*",
     r".*isinstance\(treespec, LeafSpec\).*",
 )
-_WORDS_FOR_A_CHECKPOINT = ("last", "best", "hpc", "registry")
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -82,16 +83,17 @@ def _run(
     metrics: dict[str, float] = {}
     seconds: dict[str, float] = {}
     weights = None
+    start = _start(cfg, callbacks, model)
     if cfg.train:
         since = time.time()
-        trainer.fit(model, datamodule=data, ckpt_path=_start(cfg, callbacks))
+        trainer.fit(model, datamodule=data, ckpt_path=start)
         seconds["fit"] = time.time() - since
         metrics |= _floats(trainer.callback_metrics)
         report = next((c for c in callbacks if isinstance(c, RunReport)), None)
         facts = report.results() if report is not None else {}
     if cfg.test:
         since = time.time()
-        weights, path = _weights_to_test(cfg, callbacks)
+        weights, path = _weights_to_test(callbacks) if cfg.train else (str(start), start)
         trainer.test(model, datamodule=data, ckpt_path=path, verbose=False)
         seconds["test"] = time.time() - since
         metrics |= _floats(trainer.callback_metrics)
@@ -117,11 +119,15 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError("train=false and test=false leave nothing to do.")
     if not cfg.train and cfg.ckpt_path is None:
         raise ValueError("train=false tests a checkpoint: give it with ckpt_path=...")
-    path = cfg.ckpt_path
-    if path is None or str(path).startswith(_WORDS_FOR_A_CHECKPOINT) or "://" in str(path):
-        return
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no checkpoint ckpt_path={path}: give an existing one, or ckpt_path=last.")
+    if _is_file(cfg.ckpt_path) and cfg.ckpt_path != "last" and not Path(cfg.ckpt_path).exists():
+        raise FileNotFoundError(
+            f"There is no checkpoint ckpt_path={cfg.ckpt_path}: give an existing one, or ckpt_path=last."
+        )
+
+
+def _is_file(path: str | None) -> bool:
+    """Whether a checkpoint is a local file; else it is a word or an address that Lightning knows what to do with."""
+    return path is not None and path not in ("best", "hpc") and not re.match(r"registry(:|$)|\w+://", path)
 
 
 def _model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
@@ -185,17 +191,32 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
         chosen, callbacks, loggers = {}, [c for c in callbacks if not isinstance(c, Checkpoint | ProgressBar)], []
     made = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers or False, **chosen)
     assert isinstance(made, Trainer)
+    if type(made.strategy.checkpoint_io) is TorchCheckpointIO:
+        made.strategy.checkpoint_io = WholeFiles()
     return made
 
 
-def _start(cfg: DictConfig, callbacks: list[Callback]) -> str | None:
-    """Return the checkpoint to go on from; "last" is the newest of the run's own folder, if there is one yet."""
+def _start(cfg: DictConfig, callbacks: list[Callback], model: LightningModule) -> str | None:
+    """Return the checkpoint to go on from, or to test; "last" is the newest of the run's own folder.
+
+    Raises:
+        FileNotFoundError: If there is none; a training run that says "last" then starts from the beginning.
+        ValueError: If it is not of this model.
+    """
     path: str | None = cfg.ckpt_path
-    last = next((c.path for c in callbacks if isinstance(c, LastCheckpoint)), None)
-    if path == "last" and last is not None:
-        path = str(last) if last.exists() else None
+    if path == "last":
+        folder = Path(cfg.paths.output_dir) / "checkpoints"
+        last = next((c.path for c in callbacks if isinstance(c, LastCheckpoint)), folder / "last.ckpt")
+        if not last.exists():
+            if not cfg.train:
+                raise FileNotFoundError(f"ckpt_path=last: there is no {last}. Give the path of a checkpoint.")
+            rank_zero_info(f"no last.ckpt in {last.parent}: starting from the beginning")
+            return None
+        path = str(last)
     if path is not None:
-        rank_zero_info(f"going on from {path}")
+        if _is_file(path):
+            check_checkpoint(path, model)
+        rank_zero_info(f"going on from {path}" if cfg.train else f"testing {path}")
     return path
 
 
@@ -209,10 +230,8 @@ def _keep_metrics(file: Path) -> None:
         file.rename(file.with_suffix(f".{number}.csv"))
 
 
-def _weights_to_test(cfg: DictConfig, callbacks: list[Callback]) -> tuple[str, str | None]:
-    """Return a name for the weights that are tested, and their file; None: those in memory."""
-    if not cfg.train:
-        return str(cfg.ckpt_path), cfg.ckpt_path
+def _weights_to_test(callbacks: list[Callback]) -> tuple[str, str | None]:
+    """Return a name for the weights that are tested after training, and their file; None: those in memory."""
     if any(isinstance(c, PruneMask) for c in callbacks):
         return "last (while pruning, the best so far may not be pruned yet)", None
     best = next((c.best_model_path for c in callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path), None)

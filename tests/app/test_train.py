@@ -1,7 +1,9 @@
 """`train(cfg)` on real data: a few steps of each kind of run, in one process."""
 
 import csv
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,60 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: Config, tmp_
     ]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert whole["val/loss"] == resumed["val/loss"]
+
+
+def test_a_checkpoint_is_replaced_whole(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def temporary_files_are_on_another_file_system(source: str, target: str) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", temporary_files_are_on_another_file_system)
+    train(config(*TINY, "test=false"))
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    os.link(last, tmp_path / "first.ckpt")
+    train(config(*TINY, "test=false", "trainer.max_steps=6", "ckpt_path=last"))
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    assert torch.load(tmp_path / "first.ckpt", weights_only=True)["global_step"] == 4, "it was written over"
+    assert not [file for file in last.parent.iterdir() if file.suffix != ".ckpt"]
+
+
+def test_a_checkpoint_that_is_not_one_is_refused_before_training(config: Config, tmp_path: Path) -> None:
+    train(config(*TINY, "test=false"))
+    content = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.ckpt").write_text("some words")
+    torch.save({"state_dict": {}, "by": ImageClassifier}, tmp_path / "objects.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    (tmp_path / "whole.ckpt").write_bytes(content)
+    for name, words, message in (
+        ("half", [], "half.ckpt is damaged"),
+        ("text", [], "text.ckpt is damaged, or no checkpoint"),
+        ("objects", [], "objects.ckpt holds Python objects .*ImageClassifier.*not loaded"),
+        ("list", [], "list.ckpt is not a checkpoint of Lightning's"),
+        (
+            "whole",
+            ["model.width=8"],
+            r"another model: net.stem.0.weight is \(4, 1, 3, 3\) there and \(8, 1, 3, 3\) here",
+        ),
+        ("whole", ["train=false", "model.depth=2"], r"another model: net.layers.0.1.conv1.weight is missing there"),
+    ):
+        places = [f"ckpt_path={tmp_path / name}.ckpt", f"paths.output_dir={tmp_path / 'other'}"]
+        with pytest.raises(ValueError, match=message) as caught:
+            train(config(*TINY, *words, *places))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other/metrics.csv").exists()
+
+
+def test_last_says_when_there_is_none(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path=last: there is no .*last\.ckpt"):
+        train(config(*TINY, "ckpt_path=last", "train=false"))
+    with caplog.at_level("INFO"):
+        train(config(*TINY, "ckpt_path=last", "test=false"))
+    said = f"no last.ckpt in {tmp_path / 'run/checkpoints'}: starting from the beginning"
+    assert [record.getMessage() for record in caplog.records].count(said) == 1
 
 
 def test_a_resumed_run_still_knows_its_best_weights(config: Config, tmp_path: Path) -> None:
