@@ -32,7 +32,8 @@ class PruneMask(MaskCallback):
 
     Args:
         sparsity: Final share of zeros in scope, a float in [0, 1); or ``"n:m"``, e.g. ``"2:4"``: the ``n`` best of every
-            ``m`` neighbours along the input dimension stay, all at once at ``start``.
+            ``m`` neighbours along the input dimension stay (also where the weight lies transposed), all at once at
+            ``start``.
         score: Criterion, higher = more worth keeping: a registered name, or a function.
         scope: Patterns; default: the weights of Linear and convolution layers and attention projections; not embeddings,
             norms, biases, or the output head.
@@ -200,7 +201,7 @@ class PruneMask(MaskCallback):
             scores[name] = _constrained(score, parameters[name], self.masks[name], free[name])
         budget = Budget(sparsity, removed=True)
         if self.n_of_m is not None:
-            chosen = n_of_m(scores, *self.n_of_m)
+            chosen = n_of_m(scores, *self.n_of_m, transposed=_transposed(session.module))
         elif self.regrow is not None:
             growth = self._growth(parameters, free, step)
             fraction = cosine_fraction(self.regrow_fraction, progress)
@@ -243,10 +244,11 @@ class PruneMask(MaskCallback):
             raise ValueError(
                 "PruneMask: the model has no Linear, convolution or attention weight to prune; name tensors in scope."
             )
-        parameters = dict(module.named_parameters())
+        parameters, transposed = dict(module.named_parameters()), _transposed(module)
         for name in names:
             if self.n_of_m is not None:
-                check_n_of_m(f"PruneMask: {name}", tuple(parameters[name].shape), self.n_of_m[1])
+                shape = tuple(parameters[name].shape)
+                check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], name in transposed)
             if not parameters[name].is_floating_point():
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
         return names
@@ -365,6 +367,14 @@ def _constrained(score: Tensor, parameter: Tensor, alive: Tensor, free: Tensor) 
     score = score.float().masked_fill(~alive.to(score.device), -torch.inf)
     held = ~free.to(score.device) & alive.to(score.device) & (parameter.detach() != 0).to(score.device)
     return score.masked_fill(held, torch.inf)
+
+
+def _transposed(module: nn.Module) -> set[str]:
+    """Names of the weights of shape ``(in, out, ...)``: of transformers' Conv1D and of transposed convolutions."""
+    kinds = nn.modules.conv._ConvTransposeNd
+    found = (m for m in module.modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D")
+    weights = {id(getattr(m, "weight", None)) for m in found}
+    return {name for name, p in module.named_parameters() if id(p) in weights}
 
 
 def default_scope(module: nn.Module) -> list[str]:

@@ -213,32 +213,35 @@ def choose(scores: Mapping[str, Tensor], budget: Budget, structure: str, allocat
     return {name: masks[name] for name in scores}
 
 
-def n_of_m(scores: Mapping[str, Tensor], n: int, m: int) -> dict[str, Tensor]:
+def n_of_m(scores: Mapping[str, Tensor], n: int, m: int, transposed: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the masks that keep the ``n`` best of every ``m`` neighbours along the input dimension; ties by position.
 
     A weight's input dimension is everything but its first, flattened (``in, kh, kw`` for a convolution), which is the
-    layout that sparse tensor cores read.
+    layout that sparse tensor cores read; of the weights named in ``transposed``, which are of shape ``(in, out, ...)``,
+    everything but the second.
 
     Raises:
         ValueError: If the input dimension of a tensor is not divisible by ``m``.
     """
     masks = {}
     for name, score in scores.items():
-        check_n_of_m(name, tuple(score.shape), m)
-        groups = score.detach().float().reshape(-1, m)
+        check_n_of_m(name, tuple(score.shape), m, name in transposed)
+        rows = score.transpose(0, 1) if name in transposed else score
+        groups = rows.detach().float().reshape(-1, m)
         order = groups.argsort(dim=1, descending=True, stable=True)
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
-        masks[name] = mask.view(score.shape)
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True).view(rows.shape)
+        masks[name] = mask.transpose(0, 1).contiguous() if name in transposed else mask
     return masks
 
 
-def check_n_of_m(name: str, shape: tuple[int, ...], m: int) -> None:
+def check_n_of_m(name: str, shape: tuple[int, ...], m: int, transposed: bool = False) -> None:
     """Refuse a tensor that has no groups of ``m`` along its input dimension.
 
     Raises:
         ValueError: Naming the tensor and its width.
     """
-    width = int(torch.Size(shape[1:]).numel()) if len(shape) > 1 else 0
+    inputs = (shape[0], *shape[2:]) if transposed else shape[1:]
+    width = int(torch.Size(inputs).numel()) if len(shape) > 1 else 0
     if not width or width % m:
         raise ValueError(
             f"{name} of shape {shape} has an input width of {width}, which is not divisible by {m}; take it out of the scope."

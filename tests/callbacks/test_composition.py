@@ -251,3 +251,18 @@ def test_a_criterion_of_the_user_finds_the_weights_from_the_start_in_a_mask_in_a
     assert seen[1] == 0.0 < seen[2]
     fit(Net(), PruneMask(0.5, score=farthest, start="2 steps", schedule="constant", scope="*weight"))
     assert seen[3] > 0
+
+
+def test_n_of_m_lies_along_the_inputs_of_transformers_conv1d() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    net = Net()
+    linear = net.blocks[0].lin
+    net.blocks[0].lin = Conv1D(12, 12)
+    net.blocks[0].lin.weight.data.copy_(linear.weight.T)
+    net.blocks[0].lin.bias.data.copy_(linear.bias)
+    other = Net()
+    for module in (net, other):
+        fit(module, PruneMask("2:4", scope="blocks.*.lin.weight", start="0 steps"), max_steps=1)
+    assert torch.equal(net.blocks[0].lin.weight.T == 0, other.blocks[0].lin.weight == 0)
+    assert bool(((other.blocks[0].lin.weight == 0).view(12, 3, 4).sum(2) == 2).all())
