@@ -66,7 +66,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     model = _model(cfg, data)
     callbacks = _callbacks(cfg)
     trainer = _trainer(cfg, [SameConfig(cfg), *callbacks])
-
+    _check_sizes(cfg, data, trainer)
     with all_ranks_end(trainer):
         return _run(cfg, data, model, callbacks, trainer, started)
 
@@ -91,6 +91,9 @@ def _run(
         metrics |= _floats(trainer.callback_metrics)
         report = next((c for c in callbacks if isinstance(c, RunReport)), None)
         facts = report.results() if report is not None else {}
+        _keep(
+            cfg, model, trainer, metrics=metrics, mask=facts, seconds=seconds
+        )  # a test that fails must not take it along
     if cfg.test:
         since = time.time()
         weights, path = _weights_to_test(callbacks) if cfg.train else (str(start), start)
@@ -98,17 +101,29 @@ def _run(
         seconds["test"] = time.time() - since
         metrics |= _floats(trainer.callback_metrics)
     seconds["all"] = time.time() - started
-
+    summary = _keep(cfg, model, trainer, metrics=metrics, mask=facts, seconds=seconds, tested=weights)
     if trainer.is_global_zero:
-        summary = summarise(
-            cfg, metrics=metrics, mask=facts, seconds=seconds, tested=weights, world_size=trainer.world_size
-        )
-        if getattr(model, "confusion_matrix", None):
-            summary["confusion_matrix"] = {"classes": model.class_names, "rows_true": model.confusion_matrix}
-        folder = Path(cfg.paths.output_dir)
-        write_json(folder / "summary.json", summary)
-        print_summary(summary, folder)
+        print_summary(summary, Path(cfg.paths.output_dir))
     return metrics
+
+
+def _keep(
+    cfg: DictConfig,
+    model: LightningModule,
+    trainer: Trainer,
+    *,
+    metrics: dict[str, float],
+    mask: dict[str, Any],
+    seconds: dict[str, float],
+    tested: str | None = None,
+) -> dict[str, Any]:
+    """Return the facts of the run; rank 0 writes them into its folder."""
+    summary = summarise(cfg, metrics=metrics, mask=mask, seconds=seconds, tested=tested, world_size=trainer.world_size)
+    if getattr(model, "confusion_matrix", None):
+        summary["confusion_matrix"] = {"classes": model.class_names, "rows_true": model.confusion_matrix}
+    if trainer.is_global_zero:
+        write_json(Path(cfg.paths.output_dir) / "summary.json", summary)
+    return summary
 
 
 def _check(cfg: DictConfig) -> None:
@@ -128,6 +143,20 @@ def _check(cfg: DictConfig) -> None:
 def _is_file(path: str | None) -> bool:
     """Whether a checkpoint is a local file; else it is a word or an address that Lightning knows what to do with."""
     return path is not None and path not in ("best", "hpc") and not re.match(r"registry(:|$)|\w+://", path)
+
+
+def _check_sizes(cfg: DictConfig, data: LightningDataModule, trainer: Trainer) -> None:
+    """Refuse a set that is too small before any other is used."""
+    sizes: dict[str, int] = getattr(data, "sizes", {})
+    needed = [("validation", cfg.train and trainer.limit_val_batches, "trainer.limit_val_batches=0 does without one")]
+    needed += [("test", cfg.test and trainer.limit_test_batches, "test=false does without one")]
+    for name, used, way_out in needed:
+        size = sizes.get(name, trainer.world_size)
+        if used and size < trainer.world_size:
+            there_is = f"only {size} examples for {trainer.world_size} processes" if size else "no example"
+            raise ValueError(
+                f"There is {there_is} in the {name} set: give it a larger share (data.source.{name}=0.1); {way_out}."
+            )
 
 
 def _model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:

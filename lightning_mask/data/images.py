@@ -161,6 +161,11 @@ class ImageData(LightningDataModule):
         """Number of classes."""
         return len(self.class_names)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples in the sets "train", "validation" and "test"."""
+        return {name: len(images) for name, images in self._load().items()}
+
     def _load(self) -> dict[str, TensorDataset]:
         if not self._sets:
             splits = self.source()

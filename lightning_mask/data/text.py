@@ -87,6 +87,11 @@ class TextData(LightningDataModule):
         """Number of classes."""
         return len(self.class_names)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples in the sets "train", "validation" and "test"."""
+        return {name: len(getattr(self.splits, name)) for name in ("train", "validation", "test")}
+
     def prepare_data(self) -> None:
         """Tokenise everything, so that one process does so and the others find it in the cache."""
         for name in ("train", "validation", "test"):

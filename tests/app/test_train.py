@@ -270,6 +270,30 @@ def test_the_default_model_learns_real_tweets_behind_a_mask(config: Config, caps
         torch.load(file, weights_only=True)
 
 
+def test_a_set_that_is_too_small_is_refused_before_training(config: Config, tmp_path: Path) -> None:
+    for words, message in (
+        (["data.source.test=0"], "no example in the test set: .*data.source.test=0.1.*test=false"),
+        (["data.source.validation=0"], "no example in the validation set: .*trainer.limit_val_batches=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(*TINY, *words))
+    assert not (tmp_path / "run/checkpoints").exists()
+    without = ["data.source.test=0", "test=false", "data.source.validation=0", "trainer.limit_val_batches=0"]
+    assert "train/loss" in train(config(*TINY, *without))
+
+
+def test_the_facts_of_training_outlive_a_test_that_fails(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(ImageClassifier, "test_step", fails)
+    cfg = config(*TINY)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(cfg)
+    assert summary_of(cfg)["mask"]["steps"] == 4
+    assert summary_of(cfg)["tested"] is None
+
+
 def test_debug_modes_run(config: Config) -> None:
     for debug in ("fast_dev_run", "limit", "overfit"):
         cfg = config(*TINY[:2], f"debug={debug}", "data.train_size=200", "trainer.max_steps=6", "test=false")
