@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_mask.callbacks import calibration, random_state
 from lightning_mask.callbacks.ddp import make_wire, rebuild_reducer
+from lightning_mask.callbacks.optimizer_names import arrange, names_of
 from lightning_mask.core.criteria import Context, named_seed
 from lightning_mask.core.distributed import require_equal, require_equal_masks
 from lightning_mask.core.engine import MaskEngine
@@ -63,6 +64,7 @@ class Session:
         self.engine: MaskEngine | None = None
         self.closed = False
         self.stored: dict[str, Any] = {}
+        self._checkpoint: dict[str, Any] | None = None
         self.engine_reason = ("dense", "")
         self._reduced: set[str] = set()
         self._begun = False
@@ -139,6 +141,11 @@ class Session:
         self._required = {name: p.requires_grad for name, p in self.module.named_parameters()}
         for member in self.members:
             member.check(self)
+        if self._checkpoint is not None:
+            names: dict[Tensor, str] = {p: name for name, p in self.module.named_parameters()}
+            states, saved = self._checkpoint.get("optimizer_states", []), self._checkpoint[_STORED]["names"]
+            arrange(states, saved, self.trainer.optimizers, names)
+            self._checkpoint = None
 
     def check_selection(self, selection: Selection, where: str) -> None:
         """Refuse a recipe that cannot work with this module and its optimizers.
@@ -270,15 +277,21 @@ class Session:
             return
         self.correct_averages()  # a callback that comes later may put them into the checkpoint
         self.engine.correct(checkpoint["state_dict"])
-        checkpoint[_STORED] = {"stored": self.engine.compact.to_state(), "ages": self.engine.ages()}
+        checkpoint[_STORED] = {
+            "stored": self.engine.compact.to_state(),
+            "ages": self.engine.ages(),
+            "names": names_of(self.trainer.optimizers, self.engine.names()),
+        }
         current = checkpoint.get("current_model_state")  # WeightAveraging keeps the model's own weights there
         if isinstance(current, dict):
             self.engine.correct(current)
 
     def remember(self, checkpoint: dict[str, Any]) -> None:
-        """Take note of which entries the optimizers' state in a checkpoint is, and of their ages."""
+        """Take note of which entries the optimizers' state in a checkpoint is, of their ages and their parameters' names."""
         saved = checkpoint.get(_STORED)
-        self.stored = {} if saved is None else {**saved, "stored": MaskSet.from_state(saved["stored"])}
+        if saved is not None:
+            self.stored = {"stored": MaskSet.from_state(saved["stored"]), "ages": saved["ages"]}
+            self._checkpoint = checkpoint  # Lightning loads the optimizers' state from it after on_fit_start
 
     def correct_averages(self) -> None:
         """Make the held entries of every weight average exact."""
@@ -448,7 +461,7 @@ class Session:
 
 
 _STORED = "lightning_mask"
-"""The key in a checkpoint of what it takes to read the optimizers' state in it: arguments of the engine."""
+"""The key in a checkpoint of what it takes to read the optimizers' state in it."""
 
 
 def choose_engine(trainer: Trainer, module: LightningModule, asked: set[str]) -> tuple[str, str]:

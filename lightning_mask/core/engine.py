@@ -207,6 +207,10 @@ class MaskEngine:
         """The tensor that stands for a parameter in its optimizer."""
         return self._compact[name].values if name in self._compact else self._parameters[name]
 
+    def names(self) -> dict[Tensor, str]:
+        """Return the parameter's name for each tensor that an optimizer holds."""
+        return {self._in_optimizer(name): name for name in self._parameters}
+
     @property
     def compact(self) -> MaskSet:
         """The masks of the tensors of which the optimizer holds the active entries alone; save it beside its state."""

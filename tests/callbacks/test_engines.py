@@ -354,3 +354,21 @@ def test_moments_outlive_another_mask_on_resume(engine: str, tmp_path: Path) -> 
     assert int(both.sum()) > 0
     assert torch.equal(seen[0][both], moments[name][both])
     assert bool(moments[name][both].any())
+
+
+@pytest.mark.parametrize("engine", ["compact", "dense"])
+def test_optimizer_state_finds_its_parameters_by_name(engine: str, tmp_path: Path) -> None:
+    """The user sorts the parameters into groups in between, in another order."""
+
+    def sorted_into_groups(module: Any) -> torch.optim.Optimizer:
+        vectors = [p for p in module.parameters() if p.dim() < 2]
+        matrices = [p for p in module.parameters() if p.dim() > 1]
+        return torch.optim.AdamW([{"params": matrices[::-1]}, {"params": vectors}], lr=0.5, weight_decay=0.1)
+
+    mask = functools.partial(FreezeMask, "head", score="random", density=0.3, engine=engine)
+    keep = ModelCheckpoint(str(tmp_path), every_n_train_steps=8, save_top_k=-1, filename="{step}")
+    straight, resumed = Net(), Net(make=sorted_into_groups)
+    fit(straight, mask(), keep, enable_checkpointing=True)
+    run = fit(resumed, mask(), ckpt=str(tmp_path / "step=8.ckpt"))
+    assert equal(resumed, straight)
+    assert [g["lr"] for g in run.optimizers[0].param_groups] == [0.02, 0.02], "the rate in the checkpoint counts"
