@@ -27,6 +27,7 @@ from lightning_mask.callbacks.session import Session
 from lightning_mask.core.distributed import mean_over_ranks, require_equal
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet
+from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.patterns import repeated_blocks, resolve
 from lightning_mask.core.schedules import Moment, Plateau, Run, parse_until
 from lightning_mask.core.selection import Selection
@@ -175,11 +176,18 @@ class PhaseUnfreeze(MaskCallback):
             raise ValueError(
                 "PhaseUnfreeze: every= goes with phases='gradual', and 'gradual' needs it, e.g. every='1 epochs'."
             )
-        if lr_decay <= 0 or (lr_decay != 1.0 and not gradual):
-            raise ValueError(f"PhaseUnfreeze: lr_decay={lr_decay!r} must be positive and goes with phases='gradual'.")
+        number = isinstance(lr_decay, float | int) and lr_decay > 0
+        if not number or (lr_decay != 1.0 and not gradual):
+            raise ValueError(
+                f"PhaseUnfreeze: lr_decay={lr_decay!r} must be a positive number and goes with phases='gradual'."
+            )
         self._every = None if every is None else Moment.parse(every, "PhaseUnfreeze: every")
         self._lr_decay = float(lr_decay)
         self.phases: list[Phase] = []
+        if not isinstance(phases, str | os.PathLike | Sequence):
+            raise ValueError(
+                f"PhaseUnfreeze: phases={phases!r} must be a list of phases, the path of a YAML file of one, or 'gradual'."
+            )
         if not gradual:
             given = _read(phases) if isinstance(phases, str | os.PathLike) else phases
             self._set(_phases(given))
@@ -235,7 +243,17 @@ class PhaseUnfreeze(MaskCallback):
             self._set(gradual(session.module, self._every, self._lr_decay))
         for i, phase in enumerate(self.phases):
             session.check_selection(phase.selection, f"PhaseUnfreeze: {self.label(i)}")
-            self._factors(session.module, phase)
+            self._refuse_rates(session, self._factors(session.module, phase), self.label(i))
+
+    def _refuse_rates(self, session: Session, factors: dict[str, float], label: str) -> None:
+        parameters = dict(session.module.named_parameters())
+        for optimizer in session.trainer.optimizers:
+            owned = {id(p) for p in parameters_of(optimizer)}
+            rates = {factors[name] for name, p in parameters.items() if id(p) in owned}
+            if isinstance(optimizer, torch.optim.LBFGS) and len(rates) > 1:
+                raise ValueError(
+                    f"PhaseUnfreeze: {label}: LBFGS takes one learning rate for all tensors; give lr_scale one number."
+                )
 
     def measure(self, run: Run) -> None:
         """Turn the phases' moments into steps."""

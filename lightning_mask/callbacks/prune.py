@@ -21,7 +21,7 @@ from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.patterns import repeated_blocks, resolve
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
 from lightning_mask.core.schedules import Moment, Run
-from lightning_mask.core.selection import Selection, check_n_of_m, choose, n_of_m
+from lightning_mask.core.selection import Selection, check_batches, check_n_of_m, check_patterns, choose, n_of_m
 
 
 class PruneMask(MaskCallback):
@@ -90,6 +90,8 @@ class PruneMask(MaskCallback):
             structures.get(structure)
             allocations.get(allocation)
             schedules.schedule(schedule)
+            check_patterns(plain(scope), "scope")
+            check_batches(batches)
         except ValueError as error:
             raise ValueError(f"PruneMask: {error}") from None
         self.sparsity, self.score, self.scope = float(sparsity), score, plain(scope)
@@ -103,7 +105,7 @@ class PruneMask(MaskCallback):
             raise ValueError(
                 f"PruneMask: regrow exchanges single entries; structure={structure!r} does not go with it."
             )
-        if not 0 < regrow_fraction <= 1:
+        if not isinstance(regrow_fraction, float | int) or not 0 < regrow_fraction <= 1:
             raise ValueError(f"PruneMask: regrow_fraction={regrow_fraction!r} must be a share in (0, 1].")
         self.regrow, self.regrow_fraction = regrow, float(regrow_fraction)
         self.rewind = None if rewind is None else Moment.parse(rewind, "PruneMask: rewind")
@@ -210,7 +212,7 @@ class PruneMask(MaskCallback):
             chosen = choose(scores, budget, self.structure, self.allocation)
         masks = MaskSet(chosen, self._recipe(sparsity))
         session.agree(masks, "PruneMask")
-        self._refuse_held(masks, scores)
+        self._refuse_held(masks, scores, free)
         self._masks, self._rewind_due = masks, self._rewind_step is not None
         return f"sparsity {1 - masks.density():.4f} from step {step}"
 
@@ -326,12 +328,18 @@ class PruneMask(MaskCallback):
         budget = Budget(selection.density).keep(sum(module.get_parameter(name).numel() for name in ranked))
         return whole + min(budget, sum(sizes.get(name, 0) for name in ranked))
 
-    def _refuse_held(self, masks: MaskSet, scores: dict[str, Tensor]) -> None:
+    def _refuse_held(self, masks: MaskSet, scores: dict[str, Tensor], free: MaskSet) -> None:
         for name, mask in masks.items():
-            if bool((torch.isposinf(scores[name]) & ~mask.to(scores[name].device)).any()):
+            score = scores[name]
+            kept = torch.isposinf(score) & ~mask.to(score.device)
+            if bool(kept.any()):
+                what, out = f"held entries of {name}", "let FreezeMask or the phase train more of it"
+                if not bool((kept & ~free[name].to(score.device)).any()):
+                    what = f"entries of {name} that the criterion scores as infinite"
+                    out = "give fewer of them an infinite score, or finite ones to all"
                 raise ValueError(
-                    f"PruneMask: sparsity {self._last:.4f} cannot be reached without pruning held entries of {name}; let "
-                    "FreezeMask or the phase train more of it, or lower the sparsity."
+                    f"PruneMask: sparsity {self._last:.4f} cannot be reached without pruning {what}; {out}, or lower the "
+                    "sparsity."
                 )
 
     def own_state(self) -> dict[str, Any]:

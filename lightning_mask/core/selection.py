@@ -49,8 +49,8 @@ class Selection:
     mask: str | os.PathLike[str] | MaskSet | None = None
 
     def __post_init__(self) -> None:
-        as_patterns(self.train)
-        as_patterns(self.scope)
+        check_patterns(self.train, "train")
+        check_patterns(self.scope, "scope")
         structures.get(self.structure)
         allocation.get(self.allocation)
         if self.score is not None:
@@ -60,8 +60,7 @@ class Selection:
                 raise ValueError("score and mask exclude each other: a mask is given or chosen by a criterion.")
         elif self.density is not None or self.scope is not None:
             raise ValueError("density and scope need a criterion: give score=, or leave them out.")
-        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
-            raise ValueError(f"batches={self.batches!r} must be a whole number from 1.")
+        check_batches(self.batches)
 
     @property
     def empty(self) -> bool:
@@ -109,7 +108,14 @@ class Selection:
         names = self.scope_names(model, trainable)
         parameters = dict(model.named_parameters())
         if names:
-            allocation.get(self.allocation)({n: tuple(parameters[n].shape) for n in names}, Budget(self.density or 0))
+            shapes = {n: tuple(parameters[n].shape) for n in names}
+            groups = allocation.get(self.allocation)(shapes, Budget(self.density or 0))
+            if not sum(keep for _, keep in groups):
+                total = sum(parameters[n].numel() for n in names)
+                raise ValueError(
+                    f"density={self.density!r} of the {total:,} entries in scope is not one entry; raise it, or leave score "
+                    "and density out."
+                )
         if self.mask is not None:
             self.given(model)
 
@@ -147,6 +153,27 @@ class Selection:
             "seed": self.seed,
             "mask": None if mask is None else str(mask),
         }
+
+
+def check_patterns(patterns: Any, argument: str) -> None:
+    """Refuse what is neither None, nor a pattern, nor a list of patterns.
+
+    Raises:
+        ValueError: Naming the value.
+    """
+    if patterns is not None and not isinstance(patterns, Sequence):
+        raise ValueError(f"{argument}={patterns!r} must be a pattern or a list of patterns.")
+    as_patterns(patterns)
+
+
+def check_batches(batches: Any) -> None:
+    """Refuse a number of batches that is no whole number from 1.
+
+    Raises:
+        ValueError: Naming the value.
+    """
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"batches={batches!r} must be a whole number from 1.")
 
 
 def check_density(density: Any) -> None:

@@ -56,6 +56,31 @@ AT_ONCE: dict[str, tuple[Callable[[], Any], str]] = {
         r"FreezeMask: refresh='often' must be a moment such as '500 steps'",
     ),
     "batches": (lambda: FreezeMask(score="fisher", density=0.5, batches=0), r"batches=0 must be a whole number from 1"),
+    "train is no pattern": (lambda: FreezeMask(5), r"FreezeMask: train=5 must be a pattern or a list of patterns"),
+    "scope is no pattern": (
+        lambda: FreezeMask(score="random", density=0.5, scope=5),
+        r"FreezeMask: scope=5 must be a pattern or a list of patterns",
+    ),
+    "prune scope is no pattern": (
+        lambda: PruneMask(0.5, scope=5),
+        r"PruneMask: scope=5 must be a pattern or a list of patterns",
+    ),
+    "prune batches": (lambda: PruneMask(0.5, batches=0), r"PruneMask: batches=0 must be a whole number from 1"),
+    "prune batches in words": (lambda: PruneMask(0.5, batches="x"), r"PruneMask: batches='x' must be a whole number"),
+    "regrow fraction": (
+        lambda: PruneMask(0.5, regrow="random", regrow_fraction="a"),
+        r"regrow_fraction='a' must be a share in \(0, 1\]",
+    ),
+    "phases of nothing": (
+        lambda: PhaseUnfreeze(None),
+        r"PhaseUnfreeze: phases=None must be a list of phases, the path of a YAML file of one, or 'gradual'",
+    ),
+    "phases not in a list": (lambda: PhaseUnfreeze(Phase()), r"phases=<.*Phase.*> must be a list of phases"),
+    "one dict for phases": (lambda: PhaseUnfreeze({"train": "head"}), r"phases=\{.*\} must be a list of phases"),
+    "decay in words": (
+        lambda: PhaseUnfreeze("gradual", every="1 epochs", lr_decay="2"),
+        r"lr_decay='2' must be a positive number",
+    ),
     "sparsity of one": (lambda: PruneMask(1.0), r"PruneMask: sparsity=1\.0 must be a share in \[0, 1\)"),
     "sparsity negative": (lambda: PruneMask(-0.1), r"sparsity=-0\.1 must be a share"),
     "sparsity in words": (
@@ -98,7 +123,7 @@ AT_ONCE: dict[str, tuple[Callable[[], Any], str]] = {
     "every without gradual": (lambda: PhaseUnfreeze([Phase()], every="1 epochs"), r"every= goes with phases='gradual'"),
     "decay without gradual": (
         lambda: PhaseUnfreeze([Phase()], lr_decay=2.6),
-        r"lr_decay=2\.6 must be positive and goes with",
+        r"lr_decay=2\.6 must be a positive number and goes with",
     ),
     "no such file": (
         lambda: PhaseUnfreeze("phases.yml"),
@@ -178,6 +203,14 @@ BEFORE_TRAINING: dict[str, tuple[Callable[[], list[Any]], str]] = {
     "nothing left to rank": (
         lambda: [FreezeMask("*", score="random", density=0.5)],
         r"nothing is left to rank, `train` names every tensor already",
+    ),
+    "a density of no entry": (
+        lambda: [FreezeMask("head", score="random", density=1e-6)],
+        r"FreezeMask: density=1e-06 of the 468 entries in scope is not one entry; raise it, or leave score and density out",
+    ),
+    "a phase's density of no entry": (
+        lambda: [two(Phase("3 steps", train="head", score="fisher", density=1e-3, scope="stem", allocation="uniform"))],
+        r"phase 0: density=0\.001 of the 108 entries in scope is not one entry",
     ),
     "phases in the wrong order": (
         lambda: [PhaseUnfreeze([Phase("9 steps", train="head"), Phase("5 steps", train="stem"), Phase()])],
@@ -360,6 +393,34 @@ def test_a_criterion_that_gives_nonsense() -> None:
         with pytest.raises(ValueError, match=message):
             fit(net, FreezeMask(score=score, density=0.5))
         assert not changed(before, weights(net))
+
+
+def test_a_criterion_that_gives_infinity_for_what_would_have_to_go() -> None:
+    def first_rows(params: Any, context: Any) -> Any:
+        return {n: p.detach().abs().index_fill(0, torch.arange(keep), float("inf")) for n, p in params.items()}
+
+    def prune(sparsity: float) -> PruneMask:
+        return PruneMask(sparsity, score=first_rows, scope="blocks.0.lin.weight", start="0 steps", schedule="constant")
+
+    net, keep = Net(), 4
+    fit(net, prune(0.5))  # what the criterion never wants to lose is kept
+    assert not bool((net.blocks[0].lin.weight[:4] == 0).any())
+    keep = 12
+    message = (
+        r"sparsity 0\.0500 .* entries of blocks\.0\.lin\.weight that the criterion scores as infinite; give .*finite"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(Net(), prune(0.05))
+
+
+def test_lbfgs_and_a_rate_for_each_tensor_in_a_later_phase() -> None:
+    net = Net(make=lambda module: torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=2))
+    before = weights(net)
+    phases = PhaseUnfreeze([Phase("3 steps", train="head"), Phase(train="*", lr_scale={"head": 0.1}, name="all")])
+    with pytest.raises(ValueError, match=r"PhaseUnfreeze: all: LBFGS takes one learning rate for all tensors; give"):
+        fit(net, phases)
+    assert not changed(before, weights(net))
+    fit(net, two(Phase("3 steps", train="head", lr_scale=0.5)))
 
 
 def test_gradual_needs_blocks() -> None:
