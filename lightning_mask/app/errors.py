@@ -1,6 +1,7 @@
 """What a wrong command line or a bad value looks like: one readable line and exit code 1."""
 
 import difflib
+import dis
 import os
 import re
 import sys
@@ -8,13 +9,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import Container, DictConfig, ListConfig
+from omegaconf import Container, DictConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from lightning_mask.app.checks import values
 
 FULL = "HYDRA_FULL_ERROR"
 
@@ -36,6 +39,8 @@ def run(application: Callable[[], object]) -> None:
         application()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         stop(error)  # of the command line: task() lets none of its own through
+    except OSError as error:
+        stop(error, "The run's folder cannot be made; another: paths.log_dir=... or hydra.run.dir=...")
     finally:
         _told_to_raise = False
         _set(before)
@@ -74,7 +79,7 @@ def _set(value: str | None) -> None:
         os.environ[FULL] = value
 
 
-def stop(error: BaseException) -> NoReturn:
+def stop(error: BaseException, way_out: str = "") -> NoReturn:
     """Print one line about an error and leave with exit code 1.
 
     Other ranks than the first wait a little: where the first has the same to say, it ends them meanwhile.
@@ -83,7 +88,11 @@ def stop(error: BaseException) -> NoReturn:
     where = "" if rank == "0" else f"rank {rank}: "
     if where:
         time.sleep(3)
-    print(f"{where}error: {explain(error)} ({FULL}=1 shows the traceback)", file=sys.stderr, flush=True)
+    print(
+        f"{where}error: {' '.join([explain(error), way_out]).strip()} ({FULL}=1 shows the traceback)",
+        file=sys.stderr,
+        flush=True,
+    )
     sys.exit(1)
 
 
@@ -97,6 +106,8 @@ def explain(error: BaseException) -> str:
         return f"{error.full_key} has no value yet: give it one with {error.full_key}=..."
     if "Config group override must be a string or a list" in str(error):
         return "null chooses nothing from a group; every group that may be empty has the option none, e.g. mask=none."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}."
     cause = error.__cause__
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         if isinstance(cause.parent_node, Container) and "not in struct" in str(cause):
@@ -111,21 +122,22 @@ def is_about_input(error: BaseException) -> bool:
     """Whether an error is told in one line, as what a user can mend in the command line, the configs or the data."""
     if isinstance(error, InstantiationException):
         return error.__cause__ is None or isinstance(error.__cause__, TypeError) or is_about_input(error.__cause__)
+    if isinstance(error, RuntimeError):
+        return _raised_here(error)
     if isinstance(error, TypeError):
         return "unexpected keyword argument" in str(error)  # a key that was added with + and that nobody takes
     known = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
     return isinstance(error, known) or type(error).__name__ == "MisconfigurationException"
 
 
-def check_complete(cfg: DictConfig) -> None:
-    """Refuse a config in which a value that has no default was not given.
-
-    Raises:
-        ValueError: With the first such key.
-    """
-    for key, node in _values(cfg):
-        if node._is_missing():
-            raise ValueError(f"{key} has no value yet: give it one with {key}=...")
+def _raised_here(error: BaseException) -> bool:
+    """Whether a statement of this package raised an error, in its own words; not torch, at work for it."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or not str(place.tb_frame.f_globals.get("__name__")).startswith("lightning_mask."):
+        return False
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _one_line(error: BaseException) -> str:
@@ -158,7 +170,7 @@ def _about_key(error: OmegaConfBaseException) -> str:
     siblings = [f"{prefix}.{k}" if prefix else k for k in map(str, parent)] if isinstance(parent, DictConfig) else []
     wanted = f"{prefix}.{key}" if prefix else key
     near = difflib.get_close_matches(wanted, siblings, n=3, cutoff=0.7)
-    elsewhere = [k for k, _ in _values(parent._get_root()) if k.rpartition(".")[2] == key and k not in near]
+    elsewhere = [k for k, _ in values(parent._get_root()) if k.rpartition(".")[2] == key and k not in near]
     if near or elsewhere:
         return (
             f"There is no key {wanted!r}; nearest: {', '.join(near + elsewhere[:3])}. To add a new one: +{wanted}=..."
@@ -170,19 +182,3 @@ def _about_key(error: OmegaConfBaseException) -> str:
 def _nearest(name: str, options: list[str]) -> str:
     near = difflib.get_close_matches(name, options, n=2)
     return f" (nearest: {', '.join(near)})" if near else ""
-
-
-def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted names of all values below a node, and their nodes, without resolving any."""
-    children: list[tuple[str, Any]] = []
-    if isinstance(node, Container) and not node._is_none() and not node._is_missing():
-        if isinstance(node, DictConfig):
-            children = [(str(key), node._get_node(key)) for key in node]
-        elif isinstance(node, ListConfig):
-            children = [(str(index), node._get_node(index)) for index in range(len(node))]
-    for key, child in children:
-        name = f"{prefix}.{key}" if prefix else key
-        if isinstance(child, Container):
-            yield from _values(child, name)
-        else:
-            yield name, child

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from lightning_mask.app import errors
 from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint
+from lightning_mask.app.checks import check_complete, check_types
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PruneMask, RunReport
@@ -127,7 +128,8 @@ def _keep(
 
 
 def _check(cfg: DictConfig) -> None:
-    errors.check_complete(cfg)
+    check_complete(cfg)
+    check_types(cfg)
     if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool):
         raise ValueError(f"seed={cfg.seed!r} must be a whole number: the data's order and random masks come from it.")
     if not cfg.train and not cfg.test:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from lightning_mask.app import errors
 from lightning_mask.app.summary import write_json
 from lightning_mask.app.train import main, train
+from lightning_mask.data.images import Normalise
 from tests.app.conftest import TINY
 
 CASES = [
@@ -39,6 +41,17 @@ CASES = [
     ([*TINY, "trainer.precision=7"], ["7"]),
     ([*TINY, "optimized_metric=test/acc"], ["optimized_metric"]),
     ([*TINY, "+optimized_metric=test/acc"], ["test/acc", "test/accuracy"]),
+    ([*TINY, "paths.log_dir=a_file"], ["a_file/smoke", "Not a directory", "paths.log_dir"]),
+    ([*TINY, "lr=abc"], ["optimizer.lr='abc' must be a number"]),
+    ([*TINY, "data.batch_size=abc"], ["data.batch_size='abc' must be a whole number"]),
+    ([*TINY, "data.train_size=1.5"], ["data.train_size=1.5 must be a whole number or null"]),
+    ([*TINY, "model.width=abc"], ["model.width='abc' must be a whole number"]),
+    ([*TINY, "mask.density=0.5%"], ["mask.density='0.5%' must be a number"]),
+    ([*TINY, "callbacks.report.check_held=1"], ["callbacks.report.check_held=1 must be true or false"]),
+    (
+        [*TINY, "mask=unfreeze_on_plateau", "mask.phases.0.until.monitor=val/los", "trainer.max_epochs=1"],
+        ["monitors 'val/los'", "val/loss"],
+    ),
     ([*TINY, "model.num_classes=4"], ["model.num_classes=4", "10 classes"]),
 ]
 
@@ -62,6 +75,7 @@ def test_one_line_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
     monkeypatch.delenv(errors.FULL, raising=False)
     assert run_main(overrides, monkeypatch) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "Warning" not in line and line.strip()]
@@ -71,6 +85,13 @@ def test_one_line_says_what_is_wrong(
     for word in words:
         assert word in said[0]
     assert errors.FULL not in os.environ, "a process that is started later would inherit it"
+
+
+def test_an_error_of_torch_at_work_for_us_is_not_about_input() -> None:
+    three_channels = Normalise([0.5] * 3, [0.5] * 3)
+    with pytest.raises(RuntimeError) as caught:
+        three_channels([(torch.zeros(2, 4, 4), torch.tensor(0))])
+    assert not errors.is_about_input(caught.value)
 
 
 def test_the_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
