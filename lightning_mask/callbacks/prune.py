@@ -16,7 +16,7 @@ from lightning_mask.core import allocation as allocations
 from lightning_mask.core import criteria, schedules, structures
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.engine import check_engine
-from lightning_mask.core.maskset import MaskSet, active, full
+from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.patterns import repeated_blocks, resolve
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
@@ -210,7 +210,7 @@ class PruneMask(MaskCallback):
             chosen = drop_and_grow(scores, growth, budget, self.allocation, fraction)
         else:
             chosen = choose(scores, budget, self.structure, self.allocation)
-        masks = MaskSet(chosen, self._recipe(sparsity))
+        masks = MaskSet({name: own(mask) for name, mask in chosen.items()}, self._recipe(sparsity))
         session.agree(masks, "PruneMask")
         self._refuse_held(masks, scores, free)
         self._masks, self._rewind_due = masks, self._rewind_step is not None

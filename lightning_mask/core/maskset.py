@@ -18,7 +18,8 @@ _FORMAT = "lightning-mask 1"
 class MaskSet(Mapping[str, Tensor]):
     """Boolean masks keyed by parameter name; True = the entry may change (freeze) or is alive (prune).
 
-    A value: its masks are not written to after it is made. A mask that is all True or all False takes one byte.
+    A value: its masks are not written to after it is made, and what the caller does to the tensors that were passed does
+    not reach them. A mask that is all True or all False takes one byte.
 
     Args:
         masks: Name to boolean tensor of the parameter's shape; or to a float or integer tensor of zeros and ones.
@@ -35,7 +36,7 @@ class MaskSet(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor], recipe: Mapping[str, Any] | None = None) -> None:
-        self._masks = {name: _compress(_as_bool(name, mask)) for name, mask in masks.items()}
+        self._masks = {name: _keep(name, mask) for name, mask in masks.items()}
         self.recipe = dict(recipe or {})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -66,7 +67,7 @@ class MaskSet(Mapping[str, Tensor]):
                 raise ValueError(
                     f"{name}: mask shapes differ, {tuple(self[name].shape)} and {tuple(other[name].shape)}."
                 )
-        return MaskSet({name: op(self[name], other[name].to(self[name].device)) for name in self})
+        return MaskSet({name: own(op(self[name], other[name].to(self[name].device))) for name in self})
 
     def __and__(self, other: "MaskSet") -> "MaskSet":
         return self._combine(other, both)
@@ -75,7 +76,7 @@ class MaskSet(Mapping[str, Tensor]):
         return self._combine(other, torch.logical_or)
 
     def __invert__(self) -> "MaskSet":
-        return MaskSet({name: ~mask for name, mask in self.items()})
+        return MaskSet({name: own(~mask) for name, mask in self.items()})
 
     def count(self) -> int:
         """Number of active entries."""
@@ -91,7 +92,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> "MaskSet":
         """Return the same masks on ``device``."""
-        return MaskSet({name: mask.to(device) for name, mask in self.items()}, self.recipe)
+        return MaskSet({name: own(mask.to(device)) for name, mask in self.items()}, self.recipe)
 
     def digests(self) -> dict[str, str]:
         """Return one hex SHA-256 for each tensor, over its name, shape and bits."""
@@ -238,11 +239,25 @@ def _compress(mask: Tensor) -> Tensor:
     return mask if 0 < total < mask.numel() else torch.tensor(total > 0, device=mask.device).expand(mask.shape)
 
 
+def own(mask: Tensor) -> Tensor:
+    """Mark a mask that nobody else writes to, so that a :class:`MaskSet` need not copy it; return it."""
+    mask._lightning_mask_own = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _keep(name: str, mask: Any) -> Tensor:
+    kept = _compress(_as_bool(name, mask))
+    if kept is not mask or hasattr(mask, "_lightning_mask_own"):
+        return own(kept)
+    uniform = _uniform(mask)
+    return own(mask.clone() if uniform is None else _full(uniform, mask.shape).to(mask.device))
+
+
 def _as_bool(name: str, mask: Any) -> Tensor:
     if not isinstance(mask, Tensor):
         raise ValueError(f"{name}: a mask must be a boolean tensor, got {type(mask).__name__}.")
-    mask = mask.detach()
     if mask.dtype != torch.bool:
+        mask = mask.detach()
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"{name}: a mask must hold only zeros and ones (False and True); got dtype {mask.dtype}.")
         mask = mask.bool()
@@ -257,7 +272,7 @@ def _unpack(bits: np.ndarray[Any, Any], shape: list[int]) -> Tensor:
     n = math.prod(shape)
     if bits.dtype != np.uint8 or bits.size != (n + 7) // 8:
         raise ValueError(f"expected {(n + 7) // 8} bytes for shape {shape}, found {bits.size}")
-    return torch.from_numpy(np.unpackbits(bits, count=n).astype(bool)).view(shape)
+    return own(torch.from_numpy(np.unpackbits(bits, count=n).astype(bool)).view(shape))
 
 
 def _header(name: str, mask: Tensor) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_mask.core import allocation, criteria, structures
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.criteria import Context, Criterion, random_scores
-from lightning_mask.core.maskset import MaskSet, active, full
+from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import Patterns, as_patterns, resolve
 from lightning_mask.core.ranking import top_k
 
@@ -217,7 +217,8 @@ def select(
         context.seed = selection.seed  # the file of a random mask keeps the recipe's seed and nothing else
         scores = criteria.compute(selection.score, scoped, context)
         assert selection.density is not None
-        masks |= choose(scores, Budget(selection.density), selection.structure, selection.allocation)
+        chosen = choose(scores, Budget(selection.density), selection.structure, selection.allocation)
+        masks |= {name: own(mask) for name, mask in chosen.items()}
         if selection.score == "random":
             recipe["scope_names"] = names
     return MaskSet(masks, recipe)

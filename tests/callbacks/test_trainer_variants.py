@@ -437,7 +437,5 @@ def test_a_criterion_passes_over_batches_without_a_loss() -> None:
             context.loss(batch)
         return {name: p.detach().abs() for name, p in params.items()}
 
-    with pytest.raises(
-        ValueError, match=r"no loss came back for this batch; let the criterion pass over it"
-    ):
+    with pytest.raises(ValueError, match=r"no loss came back for this batch; let the criterion pass over it"):
         fit(Shown(), FreezeMask(score=own, density=0.3))

@@ -342,3 +342,45 @@ def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path: Path):
     assert len(left) == 1
     assert left[0].startswith(".m.")
     assert left[0].endswith(".tmp"), "what the killed process left is under a temporary name"
+
+
+@pytest.mark.parametrize("name", [n for n, m in ODD.items() if m.numel()])
+def test_what_the_caller_does_to_its_tensor_later_changes_nothing(name: str):
+    given = ODD[name].clone()
+    masks = MaskSet({name: given})
+    before, bits = masks.hash(), masks[name].clone()
+    given.logical_not_()
+    assert masks.hash() == before
+    assert torch.equal(masks[name], bits)
+    part = torch.tensor(True)
+    masks = MaskSet({name: part.expand(4, 2)})
+    part.fill_(False)
+    assert masks.count() == 8
+
+
+def test_masks_that_come_from_a_set_or_from_the_pipeline_take_their_memory_once():
+    net = nn.Linear(64, 64)
+    masks = select(Selection(score="random", density=0.5, scope="weight"), net, Context(net))
+    again = MaskSet({**masks})
+    for other in (again, MaskSet(masks), masks.to("cpu")):
+        assert other["weight"].data_ptr() == masks["weight"].data_ptr()
+    given = draw((5, 7))
+    assert MaskSet({"w": given})["w"].data_ptr() != given.data_ptr()
+
+
+def test_a_drawn_mask_is_not_copied(monkeypatch: pytest.MonkeyPatch):
+    copied: list[int] = []
+    clone = Tensor.clone
+
+    def counted(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        copied.append(self.numel())
+        return clone(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    net = nn.Linear(64, 64)
+    monkeypatch.setattr(Tensor, "clone", counted)
+    masks = select(Selection(score="magnitude", density=0.5, scope="weight"), net, Context(net))
+    assert (~masks & masks | masks) == masks
+    MaskSet.from_state(masks.to_state())
+    assert not copied
+    MaskSet({"w": draw((5, 7))})
+    assert copied == [35]
