@@ -184,6 +184,9 @@ def _model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
         open_ones["optimizer"] = instantiate(cfg.optimizer, fused=None)
     made = instantiate(cfg.model, _partial_=True)(**open_ones)
     assert isinstance(made, LightningModule)
+    length, longest = cfg.data.get("max_length"), getattr(made, "max_length", None)
+    if length is not None and longest is not None and length > longest:
+        raise ValueError(f"data.max_length={length}, but model.model={cfg.model.get('model')} has {longest} positions.")
     return made
 
 

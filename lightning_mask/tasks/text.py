@@ -1,11 +1,12 @@
 """Classifies texts."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mask.data.pretrained import load
 from lightning_mask.tasks.classifier import Batch, Classifier, MakeOptimizer, MakeScheduler
@@ -81,6 +82,17 @@ class TextClassifier(Classifier):
             self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     net: Any
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest text that the model has positions for; None: any number."""
+        limit: int | None = getattr(self.net.config, "max_position_embeddings", None)
+        for name, module in self.net.named_modules():
+            if limit is not None and isinstance(module, nn.Embedding) and re.search(r"(position\w*|wpe)$", name):
+                # Models of RoBERTa's family count positions from behind the padding's.
+                offset = 0 if module.padding_idx is None else module.padding_idx + 1
+                return min(limit, module.num_embeddings - offset)
+        return None
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits of tokenised texts, [batch, classes]."""

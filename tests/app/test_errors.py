@@ -31,6 +31,10 @@ CASES = [
     (["data=mnist5k"], ["model=resnet"]),
     (["ckpt_path=/no/such.ckpt"], ["/no/such.ckpt", "ckpt_path=last"]),
     (["train=false"], ["ckpt_path="]),
+    (
+        ["model.pretrained=false", "data=csv", "data.source.path=rows.csv", "data.max_length=1024"],
+        ["data.max_length=1024", "model.model=minilm has 512 positions"],
+    ),
     (["train=false", "test=false"], ["nothing to do"]),
     (["seed=null"], ["seed"]),
     ([*TINY, "mask.density=2.0"], ["density=2.0"]),
@@ -76,6 +80,7 @@ def test_one_line_says_what_is_wrong(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").touch()
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(40)))
     monkeypatch.delenv(errors.FULL, raising=False)
     assert run_main(overrides, monkeypatch) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "Warning" not in line and line.strip()]

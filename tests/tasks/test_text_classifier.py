@@ -60,6 +60,32 @@ def test_a_folder_with_another_head_gets_a_new_one(tiny_bert: Path) -> None:
             assert torch.equal(model.net.state_dict()[name], tensor)
 
 
+def test_the_longest_text_of_each_family(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    families = {
+        "bert": ({**sizes, "max_position_embeddings": 20}, 20),
+        "roberta": ({**sizes, "max_position_embeddings": 22, "pad_token_id": 1}, 20),
+        "gpt2": ({"vocab_size": 50, "n_positions": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "eos_token_id": 1}, 20),
+        "llama": ({**sizes, "max_position_embeddings": 20, "num_key_value_heads": 2, "pad_token_id": 1}, None),
+    }
+    for family, (config, longest) in families.items():
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family, **config}))
+        model = TextClassifier(str(tmp_path / family), num_classes=2, pretrained=False)
+        assert model.max_length == longest, family
+        whole = {name: torch.full((1, longest or 20), 3) for name in ("input_ids", "attention_mask")}
+        assert model(whole).shape == (1, 2)
+        if longest is not None:
+            with pytest.raises((IndexError, RuntimeError)):
+                model({name: torch.cat([ids, ids[:, :1]], 1) for name, ids in whole.items()})
+
+
 def test_settings_reach_the_network(tiny_bert: Path) -> None:
     model = TextClassifier(
         str(tiny_bert),
