@@ -1,6 +1,7 @@
 """What a config is refused for before anything is made of it."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -41,6 +42,25 @@ def check_types(cfg: DictConfig) -> None:
             wanted = _kinds(hint)
             if wanted and isinstance(value, bool | int | float | str) and not _fits(value, wanted):
                 raise ValueError(f"{key}.{name}={value!r} must be {' or '.join(map(_called, wanted))}.")
+
+
+def check_used(cfg: DictConfig, overrides: Iterable[str], names: Iterable[str] = ("lr", "last_layers")) -> None:
+    """Refuse a value of the root that was given on the command line and that no part of the config asks for.
+
+    Args:
+        cfg: The composed config.
+        overrides: Words of the command line.
+        names: Keys of the root that are there for other parts to ask for.
+
+    Raises:
+        ValueError: With the first such word.
+    """
+    for override in overrides:
+        name = override.lstrip("+").partition("=")[0]
+        if name in names and not any(
+            re.search(rf"\$\{{(oc\.select:)?{name}\b", str(n._value())) for _, n in values(cfg)
+        ):
+            raise ValueError(f"{override} changes nothing: no part of the config that was chosen uses {name}.")
 
 
 def values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -21,7 +22,7 @@ from omegaconf import DictConfig
 
 from lightning_mask.app import errors
 from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint
-from lightning_mask.app.checks import check_complete, check_types
+from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PruneMask, RunReport
@@ -130,6 +131,8 @@ def _keep(
 def _check(cfg: DictConfig) -> None:
     check_complete(cfg)
     check_types(cfg)
+    if HydraConfig.initialized():
+        check_used(cfg, HydraConfig.get().overrides.task)
     if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool):
         raise ValueError(f"seed={cfg.seed!r} must be a whole number: the data's order and random masks come from it.")
     if not cfg.train and not cfg.test:
@@ -202,8 +205,12 @@ def _callbacks(cfg: DictConfig) -> list[Callback]:
     blocks += [(f"callbacks.{name}", block) for name, block in (cfg.get("callbacks") or {}).items()]
     made = []
     for name, block in blocks:
-        if block is None or block.get("_target_") is None:
+        if block is None or (isinstance(block, DictConfig) and "_target_" in block and block._target_ is None):
             continue
+        if not isinstance(block, DictConfig) or "_target_" not in block:
+            raise ValueError(
+                f"{name} says no _target_, so that it would do nothing: name a callback, or set it to null."
+            )
         callback = instantiate(block)
         if not isinstance(callback, Callback):
             raise ValueError(f"{name}._target_={block._target_} does not make a Lightning callback.")

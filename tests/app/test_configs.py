@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lightning_mask import FreezeMask
 from lightning_mask.app.train import _callbacks, _trainer
 from tests.app.conftest import CONF, GROUPS
 
@@ -130,10 +131,14 @@ def test_override_grammar(config: Callable[..., DictConfig]) -> None:
     assert set(config("logger=[]").get("logger") or {}) == set()
     both = config("mask=fisher", "+mask@callbacks.prune=prune_gradual")
     assert {"FreezeMask", "PruneMask"} <= {type(c).__name__ for c in _callbacks(both)}
+    two = _callbacks(config("mask=head", "+mask@callbacks.two=last_layers", "last_layers=2", "+mask@callbacks.no=none"))
+    assert [c.selection.train for c in two if isinstance(c, FreezeMask)][1] == ["layers:-2:", "net.classifier"]
     assert config("seed=7").mask.seed == 7
     assert config("seed=7").data.seed == 7
     assert config().optimizer.lr == 1e-3
     assert config("lr=2e-3").optimizer.lr == config("optimizer.lr=2e-3").optimizer.lr == 2e-3
+    assert config("optimizer=sgd").optimizer.lr == config("optimizer=sgd").model.optimizer.lr == 0.05
+    assert config("optimizer=sgd", "lr=0.5").optimizer.lr == 0.5
     assert config("mask=none").optimizer.lr < 1e-3
     assert config("mask=none", "lr=5e-3").optimizer.lr == 5e-3
     assert config("experiment=mnist_prune").optimizer.lr == 3e-3
