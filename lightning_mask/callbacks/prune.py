@@ -42,8 +42,8 @@ class PruneMask(MaskCallback):
         schedule: Sparsity between ``start`` and ``end``: ``"constant"`` (all at once at ``start``), ``"linear"``,
             ``"cubic"`` (Zhu and Gupta 2017).
         start: Moment of the first update.
-        end: Moment of the last update, at which the final sparsity is reached.
-        every: Moment between updates.
+        end: Moment of the last update, at which the final sparsity is reached; unused where all is pruned at once.
+        every: Moment between updates; unused likewise.
         regrow: At every update a share of what is alive is dropped and as much is grown elsewhere, from zero: ``"random"``
             (SET), ``"gradient"`` (RigL: where the reduced gradient is largest), None: never.
         regrow_fraction: That share at ``start``; it falls to 0 at ``end`` along a cosine.
@@ -132,10 +132,11 @@ class PruneMask(MaskCallback):
 
     def measure(self, run: Run) -> None:
         """Turn the ramp's moments into steps."""
-        start, end = self.start.steps(run, "PruneMask: start"), self.end.steps(run, "PruneMask: end")
-        every = max(self.every.steps(run, "PruneMask: every"), 1)
-        if self.schedule == "constant" and self.regrow is None:
-            end = start
+        start = self.start.steps(run, "PruneMask: start")
+        name, end, every = "start", start, 1
+        if self.schedule != "constant" or self.regrow is not None:  # else all at once, whatever end and every are
+            name, end = "end", self.end.steps(run, "PruneMask: end")
+            every = max(self.every.steps(run, "PruneMask: every"), 1)
         if self.rewind is not None:
             self._rewind_step = self.rewind.steps(run, "PruneMask: rewind")
             if self._rewind_step > start:
@@ -146,8 +147,8 @@ class PruneMask(MaskCallback):
             raise ValueError(f"PruneMask: end={str(self.end)!r} lies before start={str(self.start)!r} in this run.")
         if end > run.total_steps and not run.debug:
             raise ValueError(
-                f"PruneMask: end={str(self.end)!r} is step {end}, and the run has {run.total_steps:g}; end the ramp earlier "
-                "or train longer."
+                f"PruneMask: {name}={str(getattr(self, name))!r} is step {end}, and the run has {run.total_steps:g}; "
+                f"{name} the ramp earlier or train longer."
             )
         last = int(min(end, run.total_steps - 1))  # an update needs a step after it
         beyond = run.debug and start > run.total_steps

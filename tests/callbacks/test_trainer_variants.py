@@ -88,6 +88,16 @@ def test_a_stream_without_a_length() -> None:
         assert run.global_step == 12
 
 
+def test_what_is_pruned_at_once_needs_a_start_alone() -> None:
+    """The default end and every are shares of the run, and one without an end has none."""
+    for sparsity in (0.5, "2:4"):
+        net = Net()
+        fit(net, PruneMask(sparsity, scope="head.weight", start="3 steps", schedule="constant"), Stop(5), max_epochs=-1)
+        assert int((net.head.weight == 0).sum()) == 12
+    with pytest.raises(ValueError, match=r"PruneMask: start='99 steps' is step 99, and the run has 16; start the ramp"):
+        fit(Net(), PruneMask(0.5, start="99 steps", schedule="constant"))
+
+
 def test_several_fits_in_a_row_begin_anew() -> None:
     net = Net()
     freeze = FreezeMask("head", score="random", density=0.5, refresh="3 steps")
