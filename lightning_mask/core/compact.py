@@ -77,7 +77,7 @@ class Slots:
         values = compact[: self.body]
         if len(self.tail):
             values = torch.cat([values, compact[self.tail.to(compact.device)]])
-        dense.view(-1).index_put_((self.index.to(dense.device),), values)
+        dense.view(-1).scatter_(0, self.index.to(dense.device, torch.int64), values)
         return dense
 
     def scatter(self, compact: Tensor, fill: float = 0.0) -> Tensor:

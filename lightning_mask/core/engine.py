@@ -455,7 +455,8 @@ class MaskEngine:
         parameter = self._parameters[name]
         mask = self._stored.pop(name).to(parameter.device)
         lines = whole_lines(mask)
-        for slots in [Slots(mask)] if lines is None else [Slots(mask), Lines(mask.shape, *lines)]:
+        kinds: list[Slots | Lines] = [Slots(mask), *([] if lines is None else [Lines(mask.shape, *lines)])]
+        for slots in kinds:
             for owner in self._owners.get(id(parameter), []):
                 widen_state(owner, parameter, slots)
 
