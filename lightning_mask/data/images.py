@@ -16,6 +16,7 @@ from lightning_mask.data.packaged import need, package_file
 from lightning_mask.data.splits import stratified_split, stratified_subset
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+_SETS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def folder(
     Raises:
         ModuleNotFoundError: If Pillow is not installed.
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds fewer than two classes, a class without images, or a file that is no image.
+        ValueError: If it holds fewer than two classes, sets instead of classes, a class without images, or a file that is
+            no image.
     """
     need("PIL", f"Reading the images in {path!r}")
     from PIL import Image, ImageOps
@@ -85,6 +87,12 @@ def folder(
     if len(names) < 2:
         raise ValueError(
             f"The folder {path!r} has {len(names)} subfolders: a classifier needs one for each of two or more classes."
+        )
+    if {name.casefold() for name in names} <= _SETS:
+        train = next((name for name in names if name.casefold().startswith("train")), names[0])
+        raise ValueError(
+            f"The subfolders of {path!r} are {', '.join(names)}, which are no classes: give one of them as the path, such as "
+            f"{str(root / train)!r}; shares of its images are held out for validation and test."
         )
     images, labels = [], []
     for label, name in enumerate(names):

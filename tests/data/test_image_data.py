@@ -62,6 +62,13 @@ def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     with pytest.raises(ValueError, match=r"folder '.*one' has no images"):
         folder(str(tmp_path))
+    for name in ("sets", "sets/train", "sets/Test"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"subfolders of '.*sets' are Test, train, .*such as '.*sets/train'"):
+        folder(str(tmp_path / "sets"))
+    (tmp_path / "sets/train").rmdir()
+    (tmp_path / "sets/Test").rmdir()
+    (tmp_path / "sets").rmdir()
     for name in ("one", "two"):
         (tmp_path / name / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
