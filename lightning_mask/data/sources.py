@@ -165,7 +165,7 @@ def _read(path: str, text_column: str, label_column: str) -> Rows:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path!r}: give the path of a .csv, .tsv or .jsonl file.")
-    readers = {".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".ndjson": _json_lines}
+    readers = {".csv": _delimited, ".tsv": _tab_separated, ".jsonl": _json_lines, ".ndjson": _json_lines}
     reader = readers.get(file.suffix.lower())
     if reader is None:
         raise ValueError(f"{path} is not a kind of file that can be read: expected .csv, .tsv or .jsonl.")
@@ -175,6 +175,8 @@ def _read(path: str, text_column: str, label_column: str) -> Rows:
             if column not in row:
                 raise ValueError(_no_column(f"{path}, line {line}", column, list(row)))
         text, label = row[text_column], row[label_column]
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)
         if (
             not isinstance(text, str)
             or isinstance(label, (float, list, dict))
@@ -192,7 +194,7 @@ def _delimited(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
-            header = next(reader, [])
+            header = _named_once(next(reader, []), file)
             for fields in reader:
                 if not fields:
                     continue
@@ -206,6 +208,34 @@ def _delimited(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise ValueError(f"{file}, line {reader.line_num}: cannot be read ({error}).") from error
     except UnicodeDecodeError as error:
         raise _not_utf8(file, error) from error
+
+
+def _tab_separated(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Take quotation marks for part of a text, unless they enclose all of a field, or rows would not have equal length."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, error) from error
+    rows = [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line]
+    if any(len(fields) != len(rows[0][1]) for _, fields in rows):
+        yield from _delimited(file)
+    elif rows:
+        header = _named_once(list(map(_unquoted, rows[0][1])), file)
+        for number, fields in rows[1:]:
+            yield number, dict(zip(header, map(_unquoted, fields), strict=True))
+
+
+def _unquoted(field: str) -> str:
+    inside = field[1:-1]
+    enclosed = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inside.replace('""', "")
+    return inside.replace('""', '"') if enclosed else field
+
+
+def _named_once(header: list[str], file: Path) -> list[str]:
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{file}: the first line names the column {twice!r} more than once; rename one of them.")
+    return header
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -279,6 +309,7 @@ def _split(
     for name, share in (("validation", shares[0]), ("test", shares[1])):
         if share and not len(getattr(splits, name)):
             raise ValueError(
-                f"{where} has too few rows ({len(everything)}) for a {name} set of {share:.0%}: raise the share."
+                f"{where} has too few rows ({len(everything)}) for a {name} set of {share:.0%}, equal texts being kept "
+                "together: raise the share, or give a set of its own."
             )
     return splits

@@ -45,7 +45,7 @@ def stratified_split(
         seed: Another seed, another split.
         keys: One for each example; default: its index. Examples with equal keys never part (give the text here, so
             that no text is both trained on and tested on). Those that alone would make more than a twentieth of a part
-            go to the rest.
+            go to the rest, unless the part would be less than half full.
 
     Returns:
         One ascending list of indices for each part: the rest first, then those of ``parts``.
@@ -72,16 +72,20 @@ def stratified_split(
         waiting = [members for _, members in sorted(by_class[label])]
         size = sum(map(len, waiting))
         for number, part in enumerate(parts, start=1):
-            wanted = int(part * size + 0.5)
-            most = max(1, wanted // 20)  # one text repeated 300 times must not fill a test set: it is trained on
-            left: list[list[int]] = []
-            for members in waiting:
-                if len(members) <= min(wanted, most):
-                    split[number] += members
-                    wanted -= len(members)
-                else:
-                    left.append(members)
-            waiting = left
+            asked = wanted = int(part * size + 0.5)
+            most = max(1, asked // 20)  # one text repeated 300 times must not fill a test set: it is trained on
+            while True:
+                left: list[list[int]] = []
+                for members in waiting:
+                    if len(members) <= min(wanted, most):
+                        split[number] += members
+                        wanted -= len(members)
+                    else:
+                        left.append(members)
+                waiting = left
+                if wanted <= asked / 2 or most >= asked:
+                    break
+                most *= 2  # where nearly all texts are repeated, those repeated least
         for members in waiting:
             split[0] += members
     return [sorted(part) for part in split]

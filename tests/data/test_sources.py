@@ -104,6 +104,34 @@ def test_a_table_of_each_kind_gives_the_same(tmp_path: Path) -> None:
     assert [len(part) for part in (from_csv.train, from_csv.validation, from_csv.test)] == [32, 4, 4]
 
 
+def test_quotes_in_tab_separated_files(tmp_path: Path) -> None:
+    lines = ['"bad" he said', 'he said "good"', '"whole ""field"""', 'a " b', '"', "it's"]
+    content = "text\tlabel\r\n" + "".join(f"{text} \t{i % 2}\r\n{text}\t{i % 2}\n" for i, text in enumerate(lines))
+    splits = table(write(tmp_path / "a.tsv", content), validation=0, test=0)
+    assert splits.train.texts[1::2] == ['"bad" he said', 'he said "good"', 'whole "field"', 'a " b', '"', "it's"]
+    assert splits.class_names == ["0", "1"]
+    long = write(tmp_path / "b.tsv", 'text\tlabel\n"a\tb"\tx\n"c\nd"\ty\n')
+    assert table(long, validation=0, test=0).train.texts == ["a\tb", "c\nd"]
+
+
+def test_whole_numbers_written_as_floats_are_labels(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"t{i}", "label": float(i % 2)}) + "\n" for i in range(40))
+    assert table(write(tmp_path / "a.jsonl", lines)).class_names == ["0", "1"]
+
+
+def test_a_small_table_of_repeated_texts_is_split(tmp_path: Path) -> None:
+    def repeated(times: int) -> str:
+        return "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(20) for _ in range(times))
+
+    splits = table(write(tmp_path / "a.csv", repeated(5)))
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [80, 10, 10]
+    assert not set(splits.train.texts) & {*splits.validation.texts, *splits.test.texts}
+    few = write(tmp_path / "b.csv", "text,label\n" + "".join(f"text {i % 4},{i % 2}\n" for i in range(24)))
+    with pytest.raises(ValueError, match="equal texts being kept together: raise the share"):
+        table(few)
+    assert len(table(few, validation=0.5, test=0).validation) == 12
+
+
 def test_a_table_with_its_own_splits_and_numbers_for_labels(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", "note,stars\n" + "".join(f"n{i},{i % 11}\n" for i in range(22)))
     test = write(tmp_path / "test.csv", '\ufeffnote,stars\n"a, b\nc",10\n')
@@ -122,6 +150,10 @@ def test_a_table_with_its_own_splits_and_numbers_for_labels(tmp_path: Path) -> N
         ("a.csv", 'text,label\n"a,b\n', r"a\.csv, line 2: cannot be read"),
         ("a.csv", "text,label\na,\n", r"line 2: expected a text and a label"),
         ("a.csv", "text,label\n", r"has no rows"),
+        ("a.csv", "text,label,label\na,x,y\n", r"names the column 'label' more than once"),
+        ("a.tsv", "text\ttext\tlabel\na\tb\tx\n", r"names the column 'text' more than once"),
+        ("a.tsv", "text\tlabel\na\tb\tx\n", r"a\.tsv, line 2: 3 fields where the first line names 2"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"line 1: expected a text and a label"),
         ("a.csv", "text,label\na,x\nb,x\n", r"has 1 class \(x\): a classifier needs two or more"),
         ("a.csv", "text,label\na,x\nb,y\n", r"too few rows \(2\) for a validation set of 10%"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', r"a\.jsonl, line 2: not a JSON object"),
