@@ -148,6 +148,14 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Die(Callback):
+    """Rank 1 is killed in the middle of a step, between backward and the optimizer; rank 0 knows nothing of it."""
+
+    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def saving(case: Case, folder: Path) -> ModelCheckpoint:
     """A checkpoint after every optimizer step, or where Lightning saves by itself: when a validation ends."""
     often: dict[str, Any] = {"every_n_train_steps": 1} if case.every == "step" else {"every_n_epochs": 1}
@@ -160,6 +168,25 @@ def train(case: Case, ranks: int, folder: Path, out: str, seed: int, extra: list
     run = trainer(*callbacks, *extra, ranks=ranks, **{"max_steps": 16, **case.arguments})
     run.fit(module, datamodule=Data(**case.data), ckpt_path=ckpt)
     save(folder / f"{out}.{run.global_rank}.pt", everything(run, module, callbacks))
+
+
+def compare(case: Case, ranks: int, folder: Path, resumed: str) -> list[str]:
+    odd: list[str] = []
+    for rank in range(ranks):
+        one = torch.load(folder / f"whole.{rank}.pt", weights_only=False)
+        other = torch.load(folder / f"{resumed}.{rank}.pt", weights_only=False)
+        odd += [d for part in case.parts for d in differences(one[part], other[part], f"{rank}/{part}")]
+    return odd
+
+
+def dies(root: Path) -> dict[str, Any]:
+    """Needs what the case of that name left: its uninterrupted run."""
+    name = "all together, batch norm and dropout"
+    case, folder = CASES[name], root / name.replace(" ", "_")
+    codes = run_ranks(2, train, case, 2, folder, "died", 1, [saving(case, folder / "died"), Die()], seconds=60)
+    last = max((folder / "died").glob("*.ckpt"), key=lambda file: int(file.stem))
+    again = run_ranks(2, train, case, 2, folder, "alive", 99, [saving(case, folder / "unused")], str(last))
+    return {"codes": codes, "last": last.stem, "again": again, "odd": compare(case, 2, folder, "alive")}
 
 
 def main(root: Path, ranks: int) -> None:
@@ -187,15 +214,11 @@ def main(root: Path, ranks: int) -> None:
             if any(codes):
                 found[str(step)] = [f"the resumed run ended with {codes}"]
                 continue
-            odd: list[str] = []
-            for rank in range(ranks):
-                whole = torch.load(folder / f"whole.{rank}.pt", weights_only=False)
-                resumed = torch.load(folder / f"resumed{step}.{rank}.pt", weights_only=False)
-                odd += [d for part in case.parts for d in differences(whole[part], resumed[part], f"{rank}/{part}")]
-            found[str(step)] = odd
+            found[str(step)] = compare(case, ranks, folder, f"resumed{step}")
         results[name] = found
     if ranks == 2:
         results["two ranks to one"] = fewer(root)
+        results["a rank dies"] = dies(root)
     note(root / "results.json", results)
 
 

@@ -54,6 +54,17 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(
 
 
 @pytest.mark.slow
+def test_when_a_rank_dies_the_other_ends_with_an_error_and_the_run_resumes(results: dict[int, Any]) -> None:
+    seen = results[2]["a rank dies"]
+    other, killed = seen["codes"]
+    assert killed == -9
+    assert other not in (0, -9), "neither went on nor had to be killed"
+    assert seen["last"] == "7"
+    assert seen["again"] == [0, 0]
+    assert seen["odd"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 10])
 def test_a_checkpoint_of_two_ranks_resumes_on_one_with_the_same_masks_and_phases(
     results: dict[int, Any], step: int
