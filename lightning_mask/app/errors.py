@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import Container, DictConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -104,6 +104,12 @@ def explain(error: BaseException) -> str:
         return _about_group(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value yet: give it one with {error.full_key}=..."
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        return _about_override(error.override)
+    if "resolving interpolation '${mask}'" in str(error):  # of a list; what goes with a mask has its name
+        return (
+            "mask takes one strategy; a second one is a callback: mask=fisher +mask@callbacks.second=prune_magnitude."
+        )
     if "Config group override must be a string or a list" in str(error):
         return "null chooses nothing from a group; every group that may be empty has the option none, e.g. mask=none."
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -160,6 +166,18 @@ def _about_group(error: MissingConfigException) -> str:
     if not group or not options:
         return _one_line(error).split(" Config search path:")[0]
     return f"{group} has no option {name!r}{_nearest(name, options)}; there are {', '.join(options)}."
+
+
+def _about_override(override: str) -> str:
+    key, _, value = override.partition("=")
+    if key != key.rstrip():
+        return f"{override!r} cannot be read: no spaces around the sign, {key.strip()}={value.strip()}."
+    quote = "'" if '"' in value else '"'
+    shell = '"' if quote == "'" else "'"
+    return (
+        f"{override!r} cannot be read: a value with spaces, commas, parentheses or '=' needs quotes, and the shell others "
+        f"around them, {shell}{key}={quote}{value.strip(quote)}{quote}{shell}."
+    )
 
 
 def _about_key(error: OmegaConfBaseException) -> str:
