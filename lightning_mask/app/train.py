@@ -25,7 +25,8 @@ from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_che
 from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.summary import print_summary, summarise, write_json
-from lightning_mask.callbacks import PruneMask, RunReport
+from lightning_mask.callbacks import PhaseUnfreeze, PruneMask, RunReport
+from lightning_mask.callbacks.phases import write_phases
 
 # What Lightning says of every run of this kind, and nobody can act on.
 _CHATTER = (
@@ -93,6 +94,7 @@ def _run(
         metrics |= _floats(trainer.callback_metrics)
         report = next((c for c in callbacks if isinstance(c, RunReport)), None)
         facts = report.results() if report is not None else {}
+        _keep_phases(cfg, callbacks, trainer)
         _keep(
             cfg, model, trainer, metrics=metrics, mask=facts, seconds=seconds
         )  # a test that fails must not take it along
@@ -126,6 +128,13 @@ def _keep(
     if trainer.is_global_zero:
         write_json(Path(cfg.paths.output_dir) / "summary.json", summary)
     return summary
+
+
+def _keep_phases(cfg: DictConfig, callbacks: list[Callback], trainer: Trainer) -> None:
+    """Write the resolved phases into the run's folder, whatever logger there is, for ``mask.phases`` of another run."""
+    for callback in callbacks:
+        if isinstance(callback, PhaseUnfreeze) and trainer.is_global_zero and not cfg.trainer.fast_dev_run:
+            write_phases(callback.phases, Path(cfg.paths.output_dir) / "phases.yaml")
 
 
 def _check(cfg: DictConfig) -> None:

@@ -239,6 +239,20 @@ def test_pruning_ends_at_the_exact_sparsity_and_tests_the_pruned_weights(
     assert summary["tested"].startswith("last")
 
 
+def test_the_phases_of_a_run_can_be_given_back(config: Config, tmp_path: Path) -> None:
+    words = [*TINY, "logger=none", "test=false", "mask=gradual_unfreeze"]
+    first = config(*words, "mask.every='1 steps'")
+    train(first)
+    back = [f"mask.phases={tmp_path / 'run/phases.yaml'}", "mask.every=null", "mask.lr_decay=1"]
+    again = config(*words, *back, f"paths.output_dir={tmp_path / 'again'}")
+    train(again)
+    assert summary_of(again)["mask"]["phases"] == summary_of(first)["mask"]["phases"]
+    ends = [
+        torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in ("run", "again")
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_two_masks_compose_from_the_command_line(config: Config) -> None:
     cfg = config(*TINY, "mask.density=0.9", "+mask@callbacks.prune=prune_magnitude", "callbacks.prune.sparsity=0.25")
     train(cfg)
