@@ -17,7 +17,6 @@ from lightning_mask.core import criteria, schedules, structures
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full, own
-from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.patterns import repeated_blocks, resolve
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
 from lightning_mask.core.schedules import Moment, Run
@@ -312,9 +311,8 @@ class PruneMask(MaskCallback):
         """How many entries of ``names`` all FreezeMasks can let change, at most; without any, how many train."""
         if session.freezers:
             return min(self._free_at_most(freezer.selection, session, names) for freezer in session.freezers)
-        owned = {id(p) for optimizer in session.trainer.optimizers for p in parameters_of(optimizer)}
-        tensors = [session.module.get_parameter(name) for name in names if name in session.trainable]
-        return sum(tensor.numel() for tensor in tensors if id(tensor) in owned)
+        trains = session.trainable & session.owned
+        return sum(session.module.get_parameter(name).numel() for name in names if name in trains)
 
     def _free_at_most(self, selection: Selection, session: Session, names: list[str]) -> int:
         """How many entries of ``names`` the selection can let change, at most."""

@@ -72,6 +72,8 @@ class Session:
         self._whole_tensors = ""
         self._sent: MaskSet | None = None
         self._required: dict[str, bool] = {}
+        self.owned: set[str] = set()
+        """Names of the tensors that an optimizer held before this fit."""
         self._reference: dict[str, Tensor] | None = None
         self._in_window = self._applied = self._epoch_ended = False
         self._epoch = -1
@@ -96,6 +98,8 @@ class Session:
         batches = self.trainer.num_training_batches
         per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
         debug = bool(getattr(self.trainer, "fast_dev_run", False))
+        if len(self.trainer.optimizers) > 1:  # by hand: a batch has as many steps as the user likes
+            return Run(math.inf, math.inf, debug, len(self.trainer.optimizers))
         return Run(total if total > 0 else math.inf, per_epoch, debug)
 
     def context(self, selection_seed: int, batches: int) -> Context:
@@ -139,6 +143,8 @@ class Session:
             ValueError: One sentence that names the culprit and the way out.
         """
         self._required = {name: p.requires_grad for name, p in self.module.named_parameters()}
+        held = {id(p) for optimizer in self.trainer.optimizers for p in parameters_of(optimizer)}
+        self.owned = {name for name, p in self.module.named_parameters() if id(p) in held}
         for member in self.members:
             member.check(self)
         if self._checkpoint is not None:
@@ -167,10 +173,8 @@ class Session:
             trained = [n for n, m in whole.items() if bool(m.any())] + selection.scope_names(
                 self.module, self.trainable
             )
-        owned = {id(p) for optimizer in self.trainer.optimizers for p in parameters_of(optimizer)}
-        parameters = dict(self.module.named_parameters())
         for name in trained:
-            if id(parameters[name]) not in owned:
+            if name not in self.owned:
                 raise ValueError(
                     f"{where}: {name} is to train, and no optimizer holds it; hand it to the optimizer in "
                     f"configure_optimizers, or take it away with '!{name}'."
@@ -337,8 +341,8 @@ class Session:
             for freezer in self.freezers[1:]:
                 masks = masks & freezer.masks
             return masks
-        parameters = self.module.named_parameters()
-        return MaskSet({name: full(self._required.get(name, True), p.shape) for name, p in parameters})
+        trains = self.trainable & self.owned
+        return MaskSet({name: full(name in trains, p.shape) for name, p in self.module.named_parameters()})
 
     def _alive(self) -> dict[str, Tensor]:
         """What all PruneMasks let live, of the tensors that they have in scope."""

@@ -449,3 +449,34 @@ def test_a_criterion_passes_over_batches_without_a_loss() -> None:
 
     with pytest.raises(ValueError, match=r"no loss came back for this batch; let the criterion pass over it"):
         fit(Shown(), FreezeMask(score=own, density=0.3))
+
+
+def test_several_optimizers_by_hand_take_steps_and_whole_epochs_of_a_phase_and_nothing_else() -> None:
+    scope = "blocks.*.lin.weight"
+    for ours, moment in (
+        (PruneMask(0.5, scope=scope), "PruneMask: end='50%'"),
+        (PruneMask(0.5, scope=scope, start="1 epochs", schedule="constant"), "PruneMask: start='1 epochs'"),
+        (PhaseUnfreeze([Phase("50%", train="head"), Phase()]), "PhaseUnfreeze: phase 0: until='50%'"),
+        (PhaseUnfreeze([Phase("1.5 epochs", train="head"), Phase()]), "PhaseUnfreeze: phase 0: until='1.5 epochs'"),
+        (FreezeMask(score="random", density=0.5, refresh="10%"), "FreezeMask: refresh='10%'"),
+    ):
+        with pytest.raises(ValueError, match=f"{moment} cannot be counted in a run of 2 optimizers"):
+            fit(TwoByHand(), ours)
+    net = TwoByHand()
+    fit(net, PruneMask(0.5, scope=scope, start="0 steps", end="30 steps", every="3 steps"))
+    assert sum(int((block.lin.weight == 0).sum()) for block in net.blocks) == 144
+    phases = PhaseUnfreeze([Phase("1 epochs", train=["head", "stem"]), Phase()])
+    fit(TwoByHand(), phases)
+    assert [entry["step"] for entry in phases.history] == [0, 16]
+
+
+@pytest.mark.parametrize("ours", ["prune", "phases"])
+def test_a_tensor_of_no_optimizer_that_nobody_asks_for_stays_as_it_is(ours: str) -> None:
+    def half(module: Any) -> Any:
+        return torch.optim.SGD([*module.head.parameters(), *module.blocks.parameters()], lr=0.1)
+
+    net, before = Net(make=half), weights(Net())
+    callback = PhaseUnfreeze([Phase("3 steps", train="head"), Phase()])
+    fit(net, PruneMask(0.5, scope="blocks.*.lin.weight") if ours == "prune" else callback)
+    assert changed(before, weights(net)) == names(net, "head", "blocks")
+    assert all(p.requires_grad for p in net.parameters())
