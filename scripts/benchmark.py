@@ -148,6 +148,7 @@ def main() -> None:
         goals += promises
         for name, rows in tables.items():
             show(console, titles()[name], rows)
+        console.print(f"{section}: {seconds[section]:.0f} s\n")
         results |= tables
     if arguments.what == "all":
         base = load()

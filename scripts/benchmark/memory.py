@@ -124,21 +124,28 @@ def ranking_bytes(entries: int = 1 << 25) -> float:
     """Bytes for each entry that ranking takes beside the scores and the mask that it returns."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_rank, args=(theirs, entries))
+    process = context.Process(target=_rank_in_a_fork, args=(theirs, entries))
     process.start()
     theirs.close()
-    result = float(ours.recv())
-    process.join()
-    return result
+    try:
+        return float(ours.recv())
+    except EOFError:
+        raise RuntimeError("The process that measures a ranking failed; its error stands above.") from None
+    finally:
+        process.join()
 
 
-def _rank(to: Connection, entries: int) -> None:
+def _rank_in_a_fork(to: Connection, entries: int) -> None:
     torch.set_num_threads(1)
-    top_k([torch.randn(1000)], 10)  # what the first call loads and keeps
     scores = [torch.randn(entries // 8) for _ in range(8)]
-    before = peak_kib()
-    top_k(scores, entries // 100)
-    to.send(((peak_kib() - before) * 1024 - entries) / entries)
+
+    def rank() -> float:
+        top_k([torch.randn(1000)], 10)  # what the first call loads and keeps
+        before = peak_kib()
+        masks = top_k(scores, entries // 100)
+        return ((peak_kib() - before) * 1024 - mask_bytes(masks)) / entries
+
+    to.send(in_a_fork(rank))
 
 
 def mask_files() -> list[dict[str, Any]]:
