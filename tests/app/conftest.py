@@ -24,8 +24,7 @@ def config(tmp_path: Path) -> Callable[..., DictConfig]:
 
     def make(*overrides: str) -> DictConfig:
         with initialize_config_module("lightning_mask.conf", version_base="1.3"):
-            places = [f"paths.output_dir={tmp_path / 'run'}", f"paths.work_dir={tmp_path}"]
-            return compose("train", overrides=[*places, *overrides])
+            return compose("train", overrides=[f"paths.output_dir={tmp_path / 'run'}", *overrides])
 
     return make
 
