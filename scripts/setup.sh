@@ -18,12 +18,20 @@ find_python() {
     return 1
 }
 
+wanted_for() {
+    echo "$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" | cksum) $1"
+}
+
+is_installed() {
+    [ -x "$PYTHON" ] && [ "$(cat "$VENV/.installed-$1" 2>/dev/null)" = "$(wanted_for "$1")" ]
+}
+
 install_extra() {
     local extra="$1" stamp="$VENV/.installed-$1" wanted base log
-    wanted="$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" | cksum) $extra"
-    if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    if is_installed "$extra"; then
         return
     fi
+    wanted="$(wanted_for "$extra")"
     if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
         base="$(find_python)" || return 1
         echo "setting up $VENV"
@@ -43,8 +51,11 @@ install_extra() {
     echo "$wanted" >"$stamp.$$" && mv -f "$stamp.$$" "$stamp"
 }
 
-# Two set-ups started at once take turns where flock exists.
+# Two set-ups started at once take turns where flock exists; where nothing is to be done, nothing is written.
 set_up() {
+    if is_installed "$1"; then
+        return
+    fi
     if command -v flock >/dev/null 2>&1; then
         exec 9>"$REPO/.setup.lock"
         flock 9

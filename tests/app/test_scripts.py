@@ -41,7 +41,9 @@ def test_set_up_happens_once_and_again_when_the_requirements_change(checkout: Pa
     assert first.stdout.splitlines()[-1].endswith("scripts/train.py mask=head seed=1")
     assert len(first.stdout.splitlines()) == 2
     assert "-c constraints.txt -e .[demo]" in calls(checkout)[0]
+    (checkout / ".setup.lock").unlink(missing_ok=True)
     second = command("bash", str(checkout / "scripts/train.sh"), cwd=tmp_path)
+    assert not (checkout / ".setup.lock").exists(), "a checkout that may only be read would fail here"
     assert len(second.stdout.splitlines()) == 1
     assert len(calls(checkout)) == 1
     (checkout / "constraints.txt").write_text("torch==2.12.0\n")
