@@ -6,7 +6,6 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,11 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
         "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
     }
-    chosen = {name: value for name, value in unset.items() if cfg.trainer.get(name) is None}
+    chosen: dict[str, Any] = {name: value for name, value in unset.items() if cfg.trainer.get(name) is None}
+    interval, steps = cfg.trainer.get("val_check_interval"), cfg.trainer.get("max_steps", -1)
+    if isinstance(interval, int) and steps > 0 and cfg.trainer.get("check_val_every_n_epoch") is None:
+        # A run that is shorter than the interval is validated at its end.
+        chosen["val_check_interval"] = min(interval, steps * cfg.trainer.get("accumulate_grad_batches", 1))
     if cfg.trainer.get("barebones"):
         chosen, callbacks, loggers = {}, [c for c in callbacks if not isinstance(c, Checkpoint | ProgressBar)], []
     made = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers or False, **chosen)
@@ -320,10 +323,14 @@ def _job(cfg: DictConfig) -> float | None:
 
 
 def config_path() -> str:
-    """Return where Hydra finds the configs: the package that a wheel brings, else the folder of the checkout."""
-    if find_spec("lightning_mask.conf") is not None:
-        return "pkg://lightning_mask.conf"
-    return str(Path(__file__).resolve().parents[2] / "conf")
+    """Return where Hydra finds the configs: the folder of the checkout that this file lies in, else the package of a wheel.
+
+    Another checkout may be the one that is installed, and its configs need not go with this code.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "conf/train.yaml").is_file() and (checkout / "pyproject.toml").is_file():
+        return str(checkout / "conf")
+    return "pkg://lightning_mask.conf"
 
 
 def main() -> None:

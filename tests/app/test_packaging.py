@@ -50,6 +50,16 @@ def test_the_wheel_trains_from_any_folder(installed: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_checkout_that_is_not_the_installed_one_uses_its_own_configs(tmp_path: Path) -> None:
+    copied = command("bash", "-c", f"cp -r lightning_mask conf scripts pyproject.toml {tmp_path}", cwd=REPO)
+    assert copied.returncode == 0, copied.stdout
+    root = tmp_path / "conf/train.yaml"
+    root.write_text(root.read_text().replace("task_name: train", "task_name: of_the_copy"))
+    done = command(sys.executable, str(tmp_path / "scripts/train.py"), "--cfg", "job", cwd=tmp_path)
+    assert "task_name: of_the_copy" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_users_own_hydra_application_uses_our_groups(tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/mine.yaml").write_text(

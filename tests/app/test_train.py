@@ -102,6 +102,12 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: Config, tmp_
     assert whole["val/loss"] == resumed["val/loss"]
 
 
+def test_a_run_shorter_than_the_interval_is_validated_at_its_end(config: Config) -> None:
+    cfg = config(*TINY, "trainer.val_check_interval=150", "trainer.accumulate_grad_batches=2", "data.batch_size=32")
+    assert "val/accuracy" in train(cfg)
+    assert summary_of(cfg)["tested"] == "best: best-000004.ckpt"
+
+
 def test_a_checkpoint_is_replaced_whole(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename = os.rename
 
