@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mask.core.optimizers import initial_value
-from lightning_mask.core.rows import RowGradients
+from lightning_mask.core.rows import EntryGradients, RowGradients
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (
     torch.optim.SGD,
@@ -62,14 +62,23 @@ class Slots:
         """Return the sorted flat indices of the active entries."""
         return self.index
 
+    def places(self) -> Tensor:
+        """Return where in the compact tensor each active entry stands, int64."""
+        return torch.cat([torch.arange(self.body, device=self.tail.device), self.tail])
+
     def gather(self, dense: Tensor, fill: float = 0.0) -> Tensor:
         """Return the (size,) tensor of the active entries of ``dense``; ``fill`` stands where there is none."""
+        compact = torch.full((self.size,), fill, dtype=dense.dtype, device=dense.device)
+        return self.gather_(dense, compact)
+
+    def gather_(self, dense: Tensor, compact: Tensor) -> Tensor:
+        """Write the active entries of ``dense`` into ``compact`` and return it; what fills it up is not touched."""
         index, flat = self.index.to(dense.device), dense.reshape(-1)
-        compact = torch.empty(self.size, dtype=dense.dtype, device=dense.device)
-        compact[self.body :] = fill
+        if not len(self.tail):
+            torch.index_select(flat, 0, index, out=compact[: self.body])
+            return compact
         torch.index_select(flat, 0, index[: self.body], out=compact[: self.body])
-        if len(self.tail):
-            compact[self.tail.to(dense.device)] = flat.index_select(0, index[self.body :])
+        compact[self.tail.to(dense.device)] = flat.index_select(0, index[self.body :])
         return compact
 
     def scatter_(self, compact: Tensor, dense: Tensor) -> Tensor:
@@ -108,6 +117,10 @@ class Lines:
         """Return the active lines of ``dense``."""
         return dense.index_select(self.dim, self.index.to(dense.device))
 
+    def gather_(self, dense: Tensor, compact: Tensor) -> Tensor:
+        """Write the active lines of ``dense`` into ``compact`` and return it."""
+        return torch.index_select(dense, self.dim, self.index.to(dense.device), out=compact)
+
     def scatter_(self, compact: Tensor, dense: Tensor) -> Tensor:
         """Write the active lines into ``dense`` and return it; its other entries are not touched."""
         return dense.index_copy_(self.dim, self.index.to(dense.device), compact)
@@ -139,7 +152,7 @@ class Compact:
         slots: Where its active entries stand.
         optimizer: The elementwise optimizer that holds it; its group keeps its place, and its state is carried over.
         early: Gather as soon as backward has accumulated the gradient (not where it is still to be reduced over ranks).
-        module: With ``Lines``: the module whose weight the parameter is.
+        module: The module whose weight the parameter is, where backward can make the gradient of the active part alone.
 
     ``ahead`` says whether the optimizer may have changed the values since the dense parameter was last written.
     """
@@ -164,9 +177,12 @@ class Compact:
         self.gather()
         self.lines: RowGradients | None = None
         self._hook: RemovableHandle | None = None
-        if module is not None and isinstance(slots, Lines):
+        if module is not None:
             parameter.requires_grad_(False)
-            self.lines = RowGradients(module, self.values, slots.index, slots.dim)
+            if isinstance(slots, Lines):
+                self.lines = RowGradients(module, self.values, slots.index, slots.dim)
+            else:
+                self.lines = EntryGradients(module, self.values, slots.index, slots.places())
         elif early:
             self._hook = parameter.register_post_accumulate_grad_hook(lambda _: self.gather())
 
@@ -192,7 +208,7 @@ class Compact:
 
     def read(self) -> None:
         """Take the values from the dense parameter, which others may have written to."""
-        self.values.data.copy_(self.slots.gather(self.parameter.detach()))
+        self.slots.gather_(self.parameter.detach(), self.values.detach())
         self.ahead = True
 
     def write(self) -> None:

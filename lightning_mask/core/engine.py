@@ -441,14 +441,15 @@ class MaskEngine:
         self._apply_rates()
 
     def _lines(self, name: str, mask: Tensor) -> tuple[nn.Module | None, Lines | None]:
-        """The module and the active lines of a weight of which backward can compute these alone."""
+        """The module of a weight of which backward can compute the active part alone, and the lines if it is lines."""
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
         alone = len(self._aliases[name]) == 1 and name not in self._direct and mask.numel() >= LINES_FROM
         found = whole_lines(mask) if alone else None
-        if found is None or not supports(module, attribute, found[0]):
-            return None, None
-        return module, Lines(mask.shape, *found)
+        if found is not None and supports(module, attribute, found[0]):
+            return module, Lines(mask.shape, *found)
+        scattered = alone and isinstance(module, nn.Embedding) and supports(module, attribute, 0)
+        return module if scattered else None, None
 
     def _widen(self, name: str) -> None:
         """Make an optimizer's state dense that a checkpoint brought for the active entries of a compact tensor."""

@@ -117,10 +117,13 @@ class RowGradients:
         shape = (*weight.shape[:dim], len(index), *weight.shape[dim + 1 :])
         if values.shape != shape:
             raise ValueError(f"The active lines of this {kind} have shape {shape}, the values {tuple(values.shape)}.")
+        self._attach(module, values, _way(module, index.to(weight.device), dim))
+
+    def _attach(self, module: nn.Module, values: nn.Parameter, way: tuple[_Keep, _Gradient]) -> None:
         if not module._forward_hooks and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # compiled code does not notice the first hook of a module
         self.values, self.called = values, False
-        self._keep, self._gradient = _way(module, index.to(weight.device), dim)
+        self._keep, self._gradient = way
         self._handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
 
     def __call__(
@@ -142,6 +145,33 @@ class RowGradients:
     def remove(self) -> None:
         """Take the hook away; a second time does nothing."""
         self._handle.remove()
+
+
+class EntryGradients(RowGradients):
+    """The same for scattered entries of an Embedding's table: backward makes the rows of the tokens that it saw, no table.
+
+    Args:
+        module: An Embedding that :func:`supports` accepts.
+        values: 1-D leaf of the active entries' values, on the table's device.
+        index: Sorted flat indices of the active entries.
+        place: int64, where in ``values`` each of them stands.
+
+    Raises:
+        ValueError: If the module is not a supported Embedding.
+
+    Example:
+        >>> table = torch.nn.Embedding(3, 2).requires_grad_(False)
+        >>> values = torch.nn.Parameter(table.weight.view(-1)[[1, 4]])
+        >>> entries = EntryGradients(table, values, torch.tensor([1, 4]), torch.tensor([0, 1]))
+        >>> table(torch.tensor([0, 0])).sum().backward()
+        >>> values.grad
+        tensor([2., 0.])
+    """
+
+    def __init__(self, module: nn.Module, values: nn.Parameter, index: Tensor, place: Tensor) -> None:
+        if not isinstance(module, nn.Embedding) or not supports(module, "weight", 0):
+            raise ValueError(f"Entries of this {type(module).__name__} cannot be trained alone; hold them densely.")
+        self._attach(module, values, _embedding_entries(module, index, place, len(values)))
 
 
 def _hook_of_a_copy() -> Callable[..., None]:
@@ -228,6 +258,26 @@ def _embedding_rows(module: nn.Embedding, index: Tensor) -> tuple[_Keep, _Gradie
         places = place.index_select(0, tokens.reshape(-1))
         grad = grad.reshape(-1, grad.shape[-1])
         return torch.ops.aten.embedding_dense_backward(grad, places, none + 1, none, False)[:none]
+
+    return _same, gradient
+
+
+def _embedding_entries(module: nn.Embedding, index: Tensor, place: Tensor, size: int) -> tuple[_Keep, _Gradient]:
+    width = module.embedding_dim
+    counts = torch.bincount(index.long() // width, minlength=module.num_embeddings)
+    first = counts.cumsum(0) - counts
+    if module.padding_idx is not None:
+        counts[module.padding_idx] = 0
+
+    def gradient(grad: Tensor, tokens: Tensor) -> Tensor:
+        seen, which = tokens.reshape(-1).unique(return_inverse=True)
+        rows = torch.ops.aten.embedding_dense_backward(grad.reshape(-1, width), which, len(seen), -1, False)
+        many = counts.index_select(0, seen)
+        row = torch.repeat_interleave(many)  # of the tokens seen, for each of their active entries
+        start = first.index_select(0, seen) - (many.cumsum(0) - many)
+        entry = start.index_select(0, row) + torch.arange(len(row), device=row.device)
+        found = rows[row, index.index_select(0, entry).long() % width]
+        return found.new_zeros(size).index_copy(0, place.index_select(0, entry), found)
 
     return _same, gradient
 

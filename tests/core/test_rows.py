@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mask.core.rows import RowGradients, supports, whole_lines
+from lightning_mask.core.compact import Slots
+from lightning_mask.core.rows import EntryGradients, RowGradients, supports, whole_lines
 
 Make = Callable[[], nn.Module]
 
@@ -481,3 +482,44 @@ def test_whole_lines_are_seen_and_nothing_else():
     generator = torch.Generator().manual_seed(0)
     for density in (0.001, 0.3, 0.999):
         assert whole_lines(torch.rand(200, 100, generator=generator) < density) is None
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("shape", [(50, 16), (37, 9)])
+def test_scattered_entries_of_a_table_get_the_dense_gradient(shape: tuple[int, int], padding: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = nn.Embedding(*shape, padding_idx=padding)
+    dense = copy.deepcopy(table)
+    mask = torch.rand(shape, generator=generator) < 0.3
+    mask[-1, -1] = True  # in the last incomplete vector of the smaller table
+    slots = Slots(mask)
+    table.weight.requires_grad_(False)
+    values = nn.Parameter(slots.gather(table.weight.detach()))
+    entries = EntryGradients(table, values, slots.index, slots.places())
+    for _ in range(2):
+        tokens = torch.randint(0, shape[0], (4, 30), generator=generator)
+        tokens[0, :3] = torch.tensor([3, 3, shape[0] - 1])
+        weight = torch.randn(4, 30, shape[1], generator=generator)
+        for module in (table, dense):
+            (module(tokens) * weight).sum().backward()
+    assert values.grad is not None
+    assert torch.equal(values.grad, slots.gather(dense.weight.grad))
+    assert bool(values.grad.any())
+    assert entries.called
+    entries.remove()
+    assert not table._forward_hooks
+    table(tokens[:0]).sum()  # no token at all
+
+
+def test_entries_of_a_large_table_never_make_it() -> None:
+    table = nn.Embedding(200_000, 64).requires_grad_(False)
+    mask = torch.zeros(200_000, 64, dtype=torch.bool)
+    mask.view(-1)[:: 200 * 64 + 7] = True
+    slots = Slots(mask)
+    values = nn.Parameter(slots.gather(table.weight))
+    EntryGradients(table, values, slots.index, slots.places())
+    tokens = torch.arange(0, 200_000, 50).view(4, -1)
+    with Sizes() as sizes:
+        table(tokens).square().sum().backward()
+    assert values.grad is not None
+    assert sizes.largest <= tokens.numel() * 64 * 8
