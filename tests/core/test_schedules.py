@@ -84,7 +84,9 @@ def test_a_run_without_an_end_has_no_such_moment(text: str, says: str):
 def test_several_optimizers_by_hand_know_steps_only():
     run = Run(total_steps=1000, steps_per_epoch=250, optimizers=2)
     for text in ("30%", "2 epochs"):
-        with pytest.raises(ValueError, match=f"every='{text}' .* 2 optimizers, each of whose steps counts one; .* steps"):
+        with pytest.raises(
+            ValueError, match=f"every='{text}' .* 2 optimizers, each of whose steps counts one; .* steps"
+        ):
             Moment.parse(text, "every").steps(run, "every")
     assert Moment.parse("7 steps", "every").steps(run, "every") == 7
     assert Moment.parse("0%", "every").steps(run, "every") == 0
