@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -197,7 +198,8 @@ class PruneMask(MaskCallback):
             return None
         self._last = sparsity
         parameters = {name: session.module.get_parameter(name) for name in self._names}
-        scores = criteria.compute(self.score, dict(parameters), session.context(self.seed, self.batches))
+        with nullcontext() if session.engine is None else session.engine.whole_gradients():
+            scores = criteria.compute(self.score, dict(parameters), session.context(self.seed, self.batches))
         free = session.free()
         for name, score in scores.items():
             scores[name] = _constrained(score, parameters[name], self.masks[name], free[name])

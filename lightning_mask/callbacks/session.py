@@ -8,6 +8,7 @@ asks the callbacks for their masks, combines them, and tells the engine. Masks c
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_mask.callbacks import calibration, random_state
 from lightning_mask.callbacks.ddp import make_wire, rebuild_reducer
-from lightning_mask.callbacks.optimizer_names import arrange, names_of
+from lightning_mask.callbacks.optimizer_names import arrange
 from lightning_mask.core.criteria import Context, named_seed
 from lightning_mask.core.distributed import require_equal, require_equal_masks
 from lightning_mask.core.engine import MaskEngine
@@ -125,7 +126,8 @@ class Session:
         """
         if draw:
             selection = replace(selection, seed=named_seed(selection.seed, f"draw {draw}"))
-        masks = select(selection, self.module, self.context(selection.seed, selection.batches), self.trainable)
+        with nullcontext() if self.engine is None else self.engine.whole_gradients():
+            masks = select(selection, self.module, self.context(selection.seed, selection.batches), self.trainable)
         self.agree(masks, "A new mask")
         return masks
 
@@ -284,7 +286,7 @@ class Session:
         checkpoint[_STORED] = {
             "stored": self.engine.compact.to_state(),
             "ages": self.engine.ages(),
-            "names": names_of(self.trainer.optimizers, self.engine.names()),
+            "names": self.engine.names(),
         }
         current = checkpoint.get("current_model_state")  # WeightAveraging keeps the model's own weights there
         if isinstance(current, dict):
@@ -292,7 +294,7 @@ class Session:
 
     def remember(self, checkpoint: dict[str, Any]) -> None:
         """Take note of which entries the optimizers' state in a checkpoint is, of their ages and their parameters' names."""
-        saved = checkpoint.get(_STORED)
+        saved = None if self.closed else checkpoint.get(_STORED)
         if saved is not None:
             self.stored = {"stored": MaskSet.from_state(saved["stored"]), "ages": saved["ages"]}
             self._checkpoint = checkpoint  # Lightning loads the optimizers' state from it after on_fit_start
@@ -372,7 +374,9 @@ class Session:
         if self.engine is None:
             self.zero_pruned()
             self.engine_reason = choose_engine(self.trainer, self.module, {m.engine for m in self.members})
-            early = self.trainer.world_size == 1 and not any(p.regrow for p in self.pruners)
+            reduced = isinstance(self.trainer.strategy.model, DistributedDataParallel)
+            readers = any(p.regrow for p in self.pruners) or any(m.needs_reference for m in self.members)
+            early = not reduced and self.trainer.world_size == 1 and not readers
             self.engine = MaskEngine(
                 self.module,
                 self.trainer.optimizers,
@@ -419,8 +423,8 @@ class Session:
 
     def _lay_wire(self) -> None:
         """Reduce active entries alone from now on, unless somebody needs the others."""
-        if any(pruner.regrow == "gradient" for pruner in self.pruners):
-            self._whole_tensors = "PruneMask(regrow='gradient') looks at the gradients of all entries"
+        if any(pruner.regrow for pruner in self.pruners):
+            self._whole_tensors = "PruneMask(regrow=...) trains entries from the step on in which they come back"
         else:
             self._wire, hook = make_wire(self.trainer.strategy)
             self._whole_tensors = f"the communication hook {hook} takes whole tensors" if hook else ""
@@ -480,13 +484,14 @@ def choose_engine(trainer: Trainer, module: LightningModule, asked: set[str]) ->
         return "compact", "engine='compact' was asked for; .grad of such a tensor is None after backward"
     if not module.automatic_optimization:
         return "dense", "manual optimization may read gradients"
-    hooks = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
-    for hook in hooks:
+    hooks = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+    own = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
+    for hook in (*hooks, *own):
         if is_overridden(hook, module):
             return "dense", f"{type(module).__name__}.{hook} may read gradients (engine='compact' if it does not)"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         foreign = not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_mask."))
-        if foreign and any(getattr(type(callback), h, None) is not getattr(Callback, h) for h in hooks[:2]):
+        if foreign and any(getattr(type(callback), h, None) is not getattr(Callback, h) for h in hooks):
             return "dense", f"{type(callback).__name__} may read gradients (engine='compact' if it does not)"
     return "compact", "only active entries reach the optimizer; .grad of such a tensor is None after backward"
 

@@ -108,5 +108,6 @@ class Ages:
 
 def _correction(age: int, group: Mapping[str, Any], optimizer: Optimizer) -> float:
     beta1, beta2 = (float(beta) for beta in group["betas"])
+    age = max(age, 1)  # somebody may have put an older state back
     second = 1.0 if isinstance(optimizer, torch.optim.Adamax) else math.sqrt(1 - beta2**age)
     return second / (1 - beta1**age)

@@ -178,12 +178,11 @@ class Compact:
         self.lines: RowGradients | None = None
         self._hook: RemovableHandle | None = None
         if module is not None:
-            parameter.requires_grad_(False)
             if isinstance(slots, Lines):
                 self.lines = RowGradients(module, self.values, slots.index, slots.dim)
             else:
                 self.lines = EntryGradients(module, self.values, slots.index, slots.places())
-        elif early:
+        if early:
             self._hook = parameter.register_post_accumulate_grad_hook(lambda _: self.gather())
 
     def gather(self) -> None:
@@ -194,6 +193,9 @@ class Compact:
         """
         dense = self.parameter.grad
         if dense is None:
+            return
+        if not self.values.requires_grad:  # Lightning's toggle_optimizer leaves this optimizer's tensors out
+            self.parameter.grad = None
             return
         if dense.is_sparse:
             raise ValueError(
@@ -218,11 +220,12 @@ class Compact:
 
     def remove(self) -> None:
         """Give the dense parameter its place back, with the state and gradient of the active entries, zero elsewhere."""
+        if self.ahead:  # an interrupt came between the update and its end
+            self.write()
         if self._hook is not None:
             self._hook.remove()
         if self.lines is not None:
             self.lines.remove()
-            self.parameter.requires_grad_(True)
         if self.values.grad is not None:
             self.parameter.grad = self.slots.scatter(self.values.grad)
         self._put(self.values, self.parameter)

@@ -1,6 +1,7 @@
 """MaskEngine: holds what the masks hold, exactly, in any PyTorch loop."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,10 @@ class MaskEngine:
         masks: Name to boolean mask, True = may change. Parameters without a mask are left as they are.
         engine: How tensors are held of which some entries are active. ``"dense"``: held gradients are zeroed, and held
             values put back after the step. ``"compact"``: the optimizer gets the active entries alone; its state has their
-            size, and ``.grad`` of such a tensor is None once its active entries are gathered, so clip and log the
-            gradients of the optimizer's parameters, not the model's. Tensors that are mostly active, and optimizers that
-            do not update each entry by itself, are held dense. ``"auto"`` is ``"dense"`` here, since a plain loop
-            may read ``.grad``; the callbacks choose by what they see.
+            size, and ``.grad`` of such a tensor is None once its active entries are gathered, so clip, log and zero the
+            gradients through the optimizer (``optimizer.zero_grad()``), not through the model. Tensors that are mostly
+            active, and optimizers that do not update each entry by itself, are held dense. ``"auto"`` is ``"dense"`` here,
+            since a plain loop may read ``.grad``; the callbacks choose by what they see.
         early: With ``"compact"``, gather each gradient as soon as backward has accumulated it, which frees the memory
             tensor by tensor; not for gradients that are still to be reduced over ranks.
         stored: Masks by which the optimizer's state, loaded from a checkpoint, is compact (:attr:`compact` when saved).
@@ -109,7 +110,6 @@ class MaskEngine:
         self._refused: dict[str, str] = {}
         self._ages: dict[str, Ages] = {name: Ages(cohorts) for name, cohorts in (ages or {}).items()}
         self._held: set[str] = set()
-        self._direct: set[str] = set()
         self._whole: dict[str, Holder] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
         self._norms: dict[nn.Module, list[RemovableHandle]] = {}
@@ -143,11 +143,8 @@ class MaskEngine:
             ):  # Lightning's untoggle_optimizer gives back what it saw before the masks changed
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        for name, compact in list(self._compact.items()):
-            if compact.lines is not None and not compact.lines.called and compact.values.grad is None:
-                self._serve_directly(name)
-            else:
-                compact.gather()
+        for compact in self._compact.values():
+            compact.gather()
         for name, holder in self._holders.items():
             gradient = self._parameters[name].grad
             if gradient is None:
@@ -176,11 +173,6 @@ class MaskEngine:
         self._check(masks)
         for name, entries in (zero or {}).items():
             self._parameters[name].data.masked_fill_(entries.to(self._parameters[name].device), 0)
-        for name, mask in masks.items():
-            if name in before and mask is not before[name] and not torch.equal(mask, before[name].to(mask.device)):
-                if name in self._compact:
-                    self._compact.pop(name).remove()
-                self._start_afresh(name, before[name], mask)
         self._set(masks)
 
     def set_rates(self, factors: Mapping[str, float]) -> None:
@@ -207,9 +199,12 @@ class MaskEngine:
         """The tensor that stands for a parameter in its optimizer."""
         return self._compact[name].values if name in self._compact else self._parameters[name]
 
-    def names(self) -> dict[Tensor, str]:
-        """Return the parameter's name for each tensor that an optimizer holds."""
-        return {self._in_optimizer(name): name for name in self._parameters}
+    def names(self) -> list[list[str]]:
+        """Return, for each optimizer, the names of the parameters it holds in the order of its groups; "" without one."""
+        name_of = {id(self._in_optimizer(name)): name for name in self._parameters}
+        own = {id(rate.optimizer): rate.groups for rate in self._rates}
+        groups = [own.get(id(optimizer), optimizer.param_groups) for optimizer in self.optimizers]
+        return [[name_of.get(id(p), "") for group in each for p in group["params"]] for each in groups]
 
     @property
     def compact(self) -> MaskSet:
@@ -374,6 +369,11 @@ class MaskEngine:
         changed = MaskSet(masks)
         for name, mask in changed.items():
             parameter, count = self._parameters[name], active(mask)
+            then = self.masks.get(name)
+            if then is not None and mask is not then and not torch.equal(mask, then.to(mask.device)):
+                if name in self._compact:
+                    self._compact.pop(name).remove()
+                self._start_afresh(name, then, mask)
             self._holders.pop(name, None)
             self._whole.pop(name, None)
             self._refused.pop(name, None)
@@ -412,12 +412,12 @@ class MaskEngine:
     def _hold(self, name: str, mask: Tensor, count: int) -> None:
         """Hold a tensor of which some entries are active."""
         if name in self._compact:  # its mask did not change
-            if self._compact[name].lines is not None:
-                self._parameters[name].requires_grad_(False)
             return
         parameter, owners = self._parameters[name], self._owners[id(self._parameters[name])]
         if self._way == "compact" and count <= BREAK_EVEN * parameter.numel():
             reason = servable(owners[0], parameter) if len(owners) == 1 else "several optimizers hold it"
+            if getattr(self.model.get_submodule(name.rpartition(".")[0]), "max_norm", None) is not None:
+                reason = "its Embedding writes to it (max_norm)"
             module, lines = self._lines(name, mask) if reason is None and self._early else (None, None)
             slots = lines or Slots(mask) if reason is None else None
             if slots is not None and slots.size <= BREAK_EVEN * parameter.numel():
@@ -425,26 +425,28 @@ class MaskEngine:
                     self._widen(name)
                 self._compact[name] = Compact(name, parameter, slots, owners[0], self._early, module)
                 return
-            if reason is not None:
-                self._refused[name] = reason
+            self._refused[name] = reason or "it is too small to gain by anything else"
         if name in self._stored:
             self._widen(name)
         self._holders[name] = make_holder(parameter.data, mask, count)
 
-    @torch.no_grad()
-    def _serve_directly(self, name: str) -> None:
-        """Hold as scattered entries the lines of a weight that is used past its module's forward, where no hook sees it."""
-        self._compact.pop(name).remove()
-        self._direct.add(name)
-        mask = self.masks[name].to(self._parameters[name].device)
-        self._hold(name, mask, active(mask))
-        self._apply_rates()
+    @contextmanager
+    def whole_gradients(self) -> Iterator[None]:
+        """For a criterion: in the meantime, backward makes the gradient of every entry, not of active ones alone."""
+        lines = [compact.lines for compact in self._compact.values() if compact.lines is not None]
+        for each in lines:
+            each.paused = True
+        try:
+            yield
+        finally:
+            for each in lines:
+                each.paused = False
 
     def _lines(self, name: str, mask: Tensor) -> tuple[nn.Module | None, Lines | None]:
         """The module of a weight of which backward can compute the active part alone, and the lines if it is lines."""
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
-        alone = len(self._aliases[name]) == 1 and name not in self._direct and mask.numel() >= LINES_FROM
+        alone = len(self._aliases[name]) == 1 and mask.numel() >= LINES_FROM
         found = whole_lines(mask) if alone else None
         if found is not None and supports(module, attribute, found[0]):
             return module, Lines(mask.shape, *found)

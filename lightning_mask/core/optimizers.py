@@ -112,6 +112,11 @@ class RateFactors:
             optimizer.register_state_dict_post_hook(self._hide_own),
         ]
 
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The user's own param groups, also while they stand split."""
+        return self.optimizer.param_groups if self._own is None else self._own
+
     def change(self, factors: Mapping[Tensor, float]) -> None:
         """Use these factors from the next update on.
 

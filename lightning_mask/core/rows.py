@@ -1,9 +1,9 @@
 """Whole rows or columns of a weight: backward computes the gradient of the active lines and nothing else of dW.
 
 A line is a row (output unit, dimension 0) or a column (input unit, dimension 1) of the weight of a Linear, an Embedding
-or a convolution. The weight itself stops requiring a gradient. A small leaf, ``values``, stands for its active lines in
-the optimizer: a forward hook passes the module's output on unchanged and ties ``values`` to it, so that backward, which
-comes by there with the output's gradient, leaves in ``values.grad`` what the dense backward would leave in those lines.
+or a convolution. In its module's forward the weight is seen as a constant. A small leaf, ``values``, stands for its active
+lines in the optimizer: a forward hook passes the module's output on unchanged and ties ``values`` to it, so that backward,
+which comes by there with the output's gradient, leaves in ``values.grad`` what the dense backward would leave in those lines.
 """
 
 import sys
@@ -21,6 +21,8 @@ _Gradient = Callable[[Tensor, Tensor], Tensor]
 
 _Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
+_HIDDEN = "_lightning_mask_weight"
+
 _LINES_AT_ONCE = 16
 """A product is computed in multiples of this many lines. A BLAS rounds narrow products by other kernels than wide ones;
 at this width they agree, which costs next to nothing (16 instead of 4 lines of 384 x 384, 256 tokens: 30 us)."""
@@ -37,7 +39,7 @@ def supports(module: nn.Module, name: str, dim: int) -> bool:
     weight = module._parameters.get("weight")
     if name != "weight" or dim not in (0, 1) or type(weight) is not nn.Parameter or not weight.is_floating_point():
         return False
-    if "forward" in vars(module):
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks or "forward" in vars(module):
         return False
     if type(module) is nn.Embedding:
         return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
@@ -80,7 +82,8 @@ def whole_lines(mask: Tensor) -> tuple[int, Tensor] | None:
 class RowGradients:
     """Fills ``values.grad`` with the gradient of the active lines of a module's weight, in every backward.
 
-    The caller sets the weight's ``requires_grad`` to False and keeps its lines equal to ``values``. The gradients of
+    The caller keeps the weight's lines equal to ``values``. The weight goes on requiring a gradient: one that comes past its
+    module's forward (a penalty on the weights, a tied use) arrives in the weight's own ``.grad`` as always. The gradients of
     several backwards, and of several calls in one forward, add up as usual; the rest of dW is never computed. The product
     is made in the dtype of the output's gradient, as the dense backward makes it, and then cast to that of ``values``.
     For columns only the needed columns of the input are kept for backward.
@@ -93,8 +96,7 @@ class RowGradients:
 
     Attributes:
         values: As given.
-        called: Whether the module's forward ran with gradients enabled since the caller last set this to False. A weight
-            that is used past its module's forward leaves it False.
+        paused: While True, the module's forward uses its weight as always (for a criterion that wants all of its gradient).
 
     Raises:
         ValueError: If the module is not supported, or ``values`` has another shape.
@@ -122,17 +124,20 @@ class RowGradients:
     def _attach(self, module: nn.Module, values: nn.Parameter, way: tuple[_Keep, _Gradient]) -> None:
         if not module._forward_hooks and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # compiled code does not notice the first hook of a module
-        self.values, self.called = values, False
+        self.values, self.paused = values, False
         self._keep, self._gradient = way
-        self._handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
+        self._handles = [
+            module.register_forward_pre_hook(_Hide(self)),
+            module.register_forward_hook(_show, always_call=True, prepend=True),
+            module.register_forward_hook(self, prepend=True, with_kwargs=True),
+        ]
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """The forward hook."""
-        if not torch.is_grad_enabled():
+        if _HIDDEN not in module.__dict__:
             return None
-        self.called = True
         x = args[0] if args else kwargs["input"]
         kept = self._keep(x)
         if kept is not x:
@@ -144,7 +149,30 @@ class RowGradients:
 
     def remove(self) -> None:
         """Take the hook away; a second time does nothing."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Hide:
+    """The forward pre-hook: for the length of a forward the module sees its weight as a constant."""
+
+    def __init__(self, rows: RowGradients) -> None:
+        self.rows = rows
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        weight = module._parameters["weight"]
+        if torch.is_grad_enabled() and not self.rows.paused and type(weight) is nn.Parameter:
+            module.__dict__[_HIDDEN] = weight
+            module._parameters["weight"] = weight.detach()  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _hook_of_a_copy, ()
+
+
+def _show(module: nn.Module, *_: Any) -> None:
+    weight = module.__dict__.pop(_HIDDEN, None)
+    if weight is not None:
+        module._parameters["weight"] = weight
 
 
 class EntryGradients(RowGradients):
@@ -186,7 +214,6 @@ class _Attach(torch.autograd.Function):
     """The identity on ``output``, whose backward has a gradient for ``values`` as well.
 
     The result shares the output's memory and is no view to autograd, so that an activation may work in place on it.
-    Backward consists of differentiable operations, so that second derivatives are right.
     """
 
     @staticmethod
@@ -200,6 +227,11 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:
         if grad_output is None or not ctx.needs_input_grad[2]:
             return grad_output, None, None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A gradient of a gradient (create_graph=True) goes through a weight of which only some lines or entries "
+                "train; hold it densely, with engine='dense'."
+            )
         (kept,) = ctx.saved_tensors
         if kept.is_floating_point():
             kept = kept.to(grad_output.dtype)

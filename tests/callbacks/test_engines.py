@@ -81,7 +81,8 @@ class Alive(pl.Callback):
         self.gradients: list[int] = []
         self.groups: list[list[Any]] = []
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        optimizer = trainer.optimizers[0]
         owned = {id(p): p for g in optimizer.param_groups for p in g["params"]}
         every = owned | {id(p): p for p in pl_module.parameters()}
         self.gradients.append(sum(p.grad.numel() for p in every.values() if p.grad is not None))
@@ -143,7 +144,7 @@ def test_lines_of_a_linear_train_without_a_dense_gradient(structure: str, held_b
     nets, seen = {}, []
 
     class Look(pl.Callback):
-        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             seen.append(all(block.lin.weight.grad is None for block in pl_module.blocks))
 
     for way in (engine, "dense"):
@@ -197,6 +198,77 @@ def test_a_few_new_tokens_do_not_cost_a_table(direct: bool) -> None:
     assert equal(nets["auto"], nets["dense"])
     assert max(alive["auto"].gradients) <= mask.sum() + 26
     assert max(alive["auto"].state) <= 2 * (mask.sum() + 26)
+
+
+class Penalised(Roomy):
+    """Uses weights past their modules' forward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def loss(self, batch: Any) -> Tensor:
+        loss = super().loss(batch)
+        if self.how == "penalty":
+            return loss + 0.1 * sum(p.square().sum() for p in self.parameters())
+        if self.how == "only past its forward":
+            return loss + torch.nn.functional.linear(torch.ones(96), self.blocks[1].lin.weight).square().mean()
+        return loss
+
+
+@pytest.mark.parametrize("structure", ["row", "column", "entry"])
+@pytest.mark.parametrize("how", ["penalty", "only past its forward"])
+def test_gradients_that_come_past_the_forward_count(how: str, structure: str) -> None:
+    nets = {}
+    for engine in ("auto", "dense"):
+        nets[engine] = Penalised(how)
+        mask = FreezeMask(
+            "head", scope="blocks.*.lin.weight", score="random", density=0.25, structure=structure, engine=engine
+        )
+        fit(nets[engine], mask)
+    close = all(
+        torch.allclose(p, q, atol=1e-5)
+        for p, q in zip(nets["auto"].parameters(), nets["dense"].parameters(), strict=True)
+    )
+    assert close, "two gradients may be added in another order"
+
+
+@pytest.mark.parametrize("score", ["fisher", "gradient"])
+def test_a_criterion_sees_the_gradients_of_what_is_held_by_lines(score: str) -> None:
+    masks = {}
+    for engine in ("auto", "dense"):
+        mask = FreezeMask(
+            "head",
+            scope="blocks.*.lin.weight",
+            score=score,
+            density=0.25,
+            structure="row",
+            batches=2,
+            refresh="3 steps",
+            engine=engine,
+        )
+        fit(Roomy(), mask)
+        masks[engine] = mask.masks
+    assert masks["auto"] == masks["dense"]
+
+
+class Overrides(Net):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.01)
+
+
+class Zeroes(Net):
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        self.zero_grad()
+
+
+@pytest.mark.parametrize("make", [Overrides, Zeroes])
+def test_who_takes_gradients_into_their_own_hands_gets_them(make: type[Net]) -> None:
+    nets = {engine: make() for engine in ("auto", "dense")}
+    for engine, net in nets.items():
+        fit(net, FreezeMask("head", score="random", density=0.3, engine=engine))
+    assert equal(nets["auto"], nets["dense"])
 
 
 # Code of the user's that reads gradients.

@@ -179,7 +179,7 @@ class Wired(Callback):
         if wire is not None:
             wire.bytes = 0
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         engine = next(c._session for c in trainer.callbacks if getattr(c, "_session", None) is not None).engine
         by_name = {row.name: row for row in engine.summary()}
         partly = {n: r.active for n, r in by_name.items() if 0 < r.density <= 0.5}
