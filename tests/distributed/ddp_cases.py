@@ -46,6 +46,9 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
         PruneMask(0.6, scope="blocks.*.lin.weight", start="1 steps", end="9 steps", every="2 steps"),
         PhaseUnfreeze([Phase("10 steps", train=["head", "blocks"]), Phase(train=HEAD)]),
     ],
+    "set": lambda: [
+        PruneMask(0.6, scope="blocks.*.lin.weight", regrow="random", start="0 steps", every="2 steps", end="12 steps")
+    ],
     "thin": lambda: [FreezeMask(score="random", density=0.1, refresh="5 steps")],
     "rows": lambda: [
         PruneMask(0.5, scope="blocks.0.lin.weight", structure="row", start="2 steps", schedule="constant")
@@ -141,7 +144,7 @@ def plan(name: str, strategy: str, accumulate: int, folder: Path) -> dict[str, A
 def wired(strategy: str) -> dict[str, Any]:
     """Each plan with engine and wire as they are chosen, against whole gradients held dense."""
     found: dict[str, Any] = {}
-    for name in ("entries", "pruned", "rows", "thin"):
+    for name in ("entries", "pruned", "rows", "thin", "set"):
         nets: list[Little] = []
         for engine in ("auto", "dense"):
             callbacks, net = PLANS[name](), Little(make=sgd)
