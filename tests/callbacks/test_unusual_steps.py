@@ -113,3 +113,70 @@ def test_testing_a_checkpoint_does_not_reach_into_the_next_fit(between: str) -> 
     assert {name.partition(".")[0] for name in watch.moved_at(0)} == {"head"}
     assert not bool((watch.weights[1]["head.weight"] == 0).any())
     assert [entry["step"] for entry in phases.history] == [0, 4]
+
+
+def test_toggled_optimizers_see_their_own_loss_alone() -> None:
+    nets = {engine: Toggling(True) for engine in ("compact", "dense")}
+    for engine, net in nets.items():
+        fit(net, FreezeMask(mask=scattered(), engine=engine))
+    assert not any(moved(weights(nets["compact"]), weights(nets["dense"]))[n].any() for n in weights(Net()))
+
+
+class SavesInTheStep(Net):
+    """Saves before the step's other hooks have run, as a signal may have it."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_post_hook(
+            lambda *_: self.trainer.save_checkpoint("mid.ckpt") if self.global_step == 5 else None
+        )
+        return optimizer
+
+
+@pytest.mark.parametrize("engine", ["compact", "dense"])
+def test_a_checkpoint_from_inside_a_step_at_scaled_rates_resumes(engine: str) -> None:
+    def phases() -> PhaseUnfreeze:
+        rates = {"head": 0.5, "blocks": 0.1}
+        scattered = Phase(train="head", score="random", density=0.3, lr_scale=rates, engine=engine)
+        return PhaseUnfreeze([Phase("3 steps", train="head"), scattered])
+
+    fit(SavesInTheStep(), phases())
+    saved = torch.load("mid.ckpt", weights_only=True)
+    assert saved["lightning_mask"]["names"] == [[n for n, _ in Net().named_parameters()]]
+    fit(Net(), phases(), ckpt="mid.ckpt")
+
+
+class Renormalised(Net):
+    """An embedding that writes to its table in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(600, 12, max_norm=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table((x * 100).long().remainder(600)).mean(1))
+
+
+@pytest.mark.parametrize("engine", ["auto", "compact", "dense"])
+def test_a_table_that_is_renormalised_is_held(engine: str) -> None:
+    net = Renormalised()
+    before = weights(net)
+    mask = FreezeMask("head", scope="table", score="random", density=0.2, engine=engine)
+    fit(net, mask)
+    where = moved(before, weights(net))["table.weight"]
+    assert not bool((where & ~mask.masks["table.weight"]).any())
+    assert bool(where.any())
+
+
+def test_an_older_optimizer_state_may_be_put_back() -> None:
+    net = Net()
+
+    class PutBack(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            optimizer = trainer.optimizers[0]
+            for state in optimizer.state.values() if trainer.global_step == 12 else []:
+                state["step"].zero_()
+
+    fit(net, FreezeMask("head", score="random", density=0.3, refresh="4 steps"), PutBack())
+    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
