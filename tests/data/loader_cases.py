@@ -164,6 +164,9 @@ def main() -> None:
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     root.mkdir(parents=True, exist_ok=True)
     (root / f"findings{rank}.json").write_text(json.dumps(findings))
+    if torch.distributed.is_initialized():  # or a thread of gloo's may still run when the interpreter ends
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

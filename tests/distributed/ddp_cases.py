@@ -366,6 +366,8 @@ def main(folder: Path) -> None:
             results[name] = {"error": traceback.format_exc()}
     rank = os.environ.get("LOCAL_RANK", "0")
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ def main() -> None:
     measured = measure(root, devices)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         (root / "measured.json").write_text(json.dumps(measured))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
