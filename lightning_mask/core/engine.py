@@ -1,20 +1,19 @@
 """MaskEngine: holds what the masks hold, exactly, in any PyTorch loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_mask.core.ages import Ages, corrects_bias
 from lightning_mask.core.compact import BREAK_EVEN, LINES_FROM, Compact, Lines, Slots, is_compact, servable, widen_state
 from lightning_mask.core.holders import Holder, make_holder
 from lightning_mask.core.maskset import MaskSet, active
+from lightning_mask.core.norms import HeldNorms
 from lightning_mask.core.optimizers import (
     RateFactors,
     begin_state,
@@ -111,8 +110,7 @@ class MaskEngine:
         self._ages: dict[str, Ages] = {name: Ages(cohorts) for name, cohorts in (ages or {}).items()}
         self._held: set[str] = set()
         self._whole: dict[str, Holder] = {}
-        self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
-        self._norms: dict[nn.Module, list[RemovableHandle]] = {}
+        self._norms = HeldNorms(model, keep=guard)
         self._rates: list[RateFactors] = []
         self._factors: dict[str, float] = {}
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in self.optimizers]
@@ -281,9 +279,7 @@ class MaskEngine:
     def restore(self) -> None:
         """Write every held value back, as is done after each step; with ``guard`` what is held whole and statistics too."""
         self.write_held(self.model)
-        for module, kept in self._statistics.items():
-            for name, value in kept.items():
-                module.get_buffer(name).copy_(value)
+        self._norms.restore()
 
     @torch.no_grad()
     def write_held(self, model: nn.Module) -> None:
@@ -303,7 +299,7 @@ class MaskEngine:
             compact.remove()
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(self._required[name])
-        self._hold_norms(set())
+        self._norms.hold(set())
         self._handles, self._rates, self._holders, self._whole, self._compact = [], [], {}, {}, {}
 
     def _exact(self, name: str, holder: Holder, value: Tensor) -> Tensor:
@@ -405,7 +401,7 @@ class MaskEngine:
                 begin_state(owner, self._in_optimizer(name))
         self.masks = changed
         self._stored = {}
-        self._hold_norms(self._held_norms())
+        self._norms.hold({name for name, mask in changed.items() if active(mask) == 0 and mask.numel()})
         if self._rates:
             self._apply_rates()
 
@@ -511,53 +507,6 @@ class MaskEngine:
             part = "columns" if compact.slots.dim else "rows"
         held_by = part if 0 < count < n and name in self.masks else whole
         return Row(name, tuple(parameter.shape), count, count / n if n else 0.0, held_by)
-
-    def _held_norms(self) -> set[nn.Module]:
-        """Modules with running statistics whose parameters, or those of the nearest module around them, are all held."""
-        held = {n for n, m in self.masks.items() if active(m) == 0 and m.numel()}
-        names: dict[int, str] = {id(p): n for n, p in self._parameters.items()}
-        modules = dict(self.model.named_modules())
-        found: set[nn.Module] = set()
-        for path, module in modules.items():
-            if not (isinstance(module, _NormBase) and module.track_running_stats):
-                continue
-            around = path
-            while around and next(modules[around].parameters(), None) is None:
-                around = around.rpartition(".")[0]
-            inside = [names[id(p)] for p in modules[around].parameters()]
-            if inside and held.issuperset(inside):
-                found.add(module)
-        return found
-
-    def _hold_norms(self, norms: Iterable[nn.Module]) -> None:
-        wanted = set(norms)
-        for module in [m for m in self._norms if m not in wanted]:
-            for handle in self._norms.pop(module):
-                handle.remove()
-        for module in wanted - set(self._norms):
-            enter = module.register_forward_pre_hook(_enter_eval)
-            leave = module.register_forward_hook(_leave_eval, always_call=True)
-            self._norms[module] = [enter, leave]
-        self._statistics = {m: self._statistics.get(m) or _copies_of_buffers(m) for m in wanted if self._guard}
-
-
-def _copies_of_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-
-
-def _enter_eval(module: nn.Module, _: Any) -> None:
-    """Run one forward in eval mode; the module's own mode stays what the user last set."""
-    if module.training:
-        module.training = False
-        module.__dict__[_TRAINS] = True
-
-
-def _leave_eval(module: nn.Module, *_: Any) -> None:
-    if module.__dict__.pop(_TRAINS, False):
-        module.training = True
-
-
-_TRAINS = "_lightning_mask_trains"
 
 
 def check_engine(engine: str) -> None:
