@@ -115,8 +115,20 @@ def test_testing_a_checkpoint_does_not_reach_into_the_next_fit(between: str) -> 
     assert [entry["step"] for entry in phases.history] == [0, 4]
 
 
+class ZeroesAfterTheStep(Toggling):
+    """What leaks from the other optimizer's turn is not wiped out before the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for factor, optimizer in zip((1.0, -3.0), self.optimizers(), strict=True):  # type: ignore[arg-type]
+            self.toggle_optimizer(optimizer)
+            self.manual_backward(factor * self.loss(batch))
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+
 def test_toggled_optimizers_see_their_own_loss_alone() -> None:
-    nets = {engine: Toggling(True) for engine in ("compact", "dense")}
+    nets = {engine: ZeroesAfterTheStep(True) for engine in ("compact", "dense")}
     for engine, net in nets.items():
         fit(net, FreezeMask(mask=scattered(), engine=engine))
     assert not any(moved(weights(nets["compact"]), weights(nets["dense"]))[n].any() for n in weights(Net()))
@@ -136,12 +148,17 @@ class SavesInTheStep(Net):
 @pytest.mark.parametrize("engine", ["compact", "dense"])
 def test_a_checkpoint_from_inside_a_step_at_scaled_rates_resumes(engine: str) -> None:
     def phases() -> PhaseUnfreeze:
-        rates = {"head": 0.5, "blocks": 0.1}
+        rates = {"stem": 0.5, "head": 0.5, "blocks": 0.1}  # so that groups split by rate have another order
         scattered = Phase(train="head", score="random", density=0.3, lr_scale=rates, engine=engine)
         return PhaseUnfreeze([Phase("3 steps", train="head"), scattered])
 
-    fit(SavesInTheStep(), phases())
+    watch = Watch()
+    fit(SavesInTheStep(), phases(), watch)
     saved = torch.load("mid.ckpt", weights_only=True)
+    updated = watch.weights[6]
+    assert all(torch.equal(saved["state_dict"][name], updated[name]) for name in updated), (
+        "moments and weights go together"
+    )
     assert saved["lightning_mask"]["names"] == [[n for n, _ in Net().named_parameters()]]
     fit(Net(), phases(), ckpt="mid.ckpt")
 
@@ -180,3 +197,24 @@ def test_an_older_optimizer_state_may_be_put_back() -> None:
 
     fit(net, FreezeMask("head", score="random", density=0.3, refresh="4 steps"), PutBack())
     assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
+
+
+@pytest.mark.parametrize("engine", ["compact", "dense"])
+def test_an_interrupt_between_the_update_and_its_end_loses_no_step(engine: str) -> None:
+    """Everything stands at the same step, as the reference without an interrupt does there."""
+
+    class Interrupts(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            optimizer.register_step_post_hook(self.interrupt)  # before the masks' own
+            return optimizer
+
+        def interrupt(self, *_: Any) -> None:
+            if self.global_step == 4:
+                raise RuntimeError("interrupted")
+
+    net, whole = Interrupts(), Net()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(net, FreezeMask("head", score="random", density=0.3, engine=engine))
+    fit(whole, FreezeMask("head", score="random", density=0.3, engine=engine), max_steps=5)
+    assert not any(where.any() for where in moved(weights(net), weights(whole)).values())
