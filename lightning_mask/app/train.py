@@ -25,7 +25,7 @@ from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PhaseUnfreeze, PruneMask, RunReport
-from lightning_mask.callbacks.phases import write_phases
+from lightning_mask.callbacks.phase import write_phases
 
 # What Lightning says of every run of this kind, and nobody can act on.
 _CHATTER = (

@@ -1,7 +1,8 @@
 """Lightning callbacks: when masks are chosen, applied and changed."""
 
 from lightning_mask.callbacks.freeze import FreezeMask
-from lightning_mask.callbacks.phases import Phase, PhaseUnfreeze
+from lightning_mask.callbacks.phase import Phase
+from lightning_mask.callbacks.phases import PhaseUnfreeze
 from lightning_mask.callbacks.prune import PruneMask
 from lightning_mask.callbacks.report import RunReport
 

@@ -287,7 +287,7 @@ def test_gradual_unfreezes_block_by_block_with_falling_rates_and_its_yaml_gives_
 
 
 def test_phases_written_as_yaml_are_the_same_phases(tmp_path: Path) -> None:
-    from lightning_mask.callbacks.phases import write_phases
+    from lightning_mask.callbacks.phase import write_phases
 
     given = [
         Phase("1234567 steps", train=["head", "!head.bias"], lr_scale={"head": 0.1}, warmup="1000000 steps", name="a"),
