@@ -134,8 +134,8 @@ def make_selection(where: str, **arguments: Any) -> Selection:
 
 
 def may_need_reference(selection: Selection) -> bool:
-    """Whether the criterion is the user's own, which may ask for the weights from the start of training."""
-    return selection.score is not None and criteria.get(selection.score).__module__ != criteria.__name__
+    """Whether the criterion may ask for the weights from the start of training."""
+    return selection.score is not None and criteria.may_need_reference(selection.score)
 
 
 def parse_refresh(refresh: str | None, selection: Selection, where: str) -> Moment | None:

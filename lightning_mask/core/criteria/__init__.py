@@ -1,0 +1,36 @@
+"""Criteria: functions that give every entry in scope a number; higher = more worth keeping active.
+
+A criterion takes the parameters in scope and a :class:`Context` and returns one real tensor of the same shape for each.
+Gradients are taken in eval mode (no dropout noise, batch statistics do not move) and leave ``.grad`` alone; scores that
+were made from data are averaged over ranks before they are ranked.
+"""
+
+from lightning_mask.core.criteria import gradients, weights
+from lightning_mask.core.criteria.context import Context
+from lightning_mask.core.criteria.registry import (
+    CRITERIA,
+    Criterion,
+    Scores,
+    compute,
+    criterion,
+    get,
+    may_need_reference,
+    name_of,
+)
+from lightning_mask.core.criteria.weights import named_seed, random_scores
+
+__all__ = [
+    "CRITERIA",
+    "Context",
+    "Criterion",
+    "Scores",
+    "compute",
+    "criterion",
+    "get",
+    "gradients",
+    "may_need_reference",
+    "name_of",
+    "named_seed",
+    "random_scores",
+    "weights",
+]

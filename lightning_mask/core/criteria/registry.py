@@ -1,0 +1,122 @@
+"""The names of criteria, and how one is run."""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from lightning_mask.core.criteria.context import Context
+from lightning_mask.core.distributed import mean_over_ranks
+
+Scores = dict[str, Tensor]
+Criterion = Callable[[Mapping[str, Tensor], Context], Scores]
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str) -> Callable[[Criterion], Criterion]:
+    """Register a criterion under ``name``, so that ``score=name`` finds it.
+
+    Raises:
+        ValueError: If another function has that name already.
+
+    Example:
+        >>> @criterion("distance_from_one")
+        ... def distance_from_one(params, context):
+        ...     return {name: (p - 1).abs() for name, p in params.items()}
+    """
+
+    def register(function: Criterion) -> Criterion:
+        known = CRITERIA.get(name)
+        if known is not None and _defined(known) != _defined(function):
+            raise ValueError(f"A criterion named {name!r} exists already ({'.'.join(_defined(known))}).")
+        CRITERIA[name] = function
+        return function
+
+    return register
+
+
+def get(score: str | Criterion) -> Criterion:
+    """Return the criterion of that name, or ``score`` itself when it is a function.
+
+    A name with dots that is not registered is imported: ``"mine.last_minus_first"`` is that function of ``mine.py``.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if not isinstance(score, str):
+        if not callable(score):
+            raise ValueError(f"score must be the name of a criterion or a function, got {score!r}.")
+        return score
+    if score not in CRITERIA and "." in score:
+        return _imported(score)
+    if score not in CRITERIA:
+        close = get_close_matches(score, CRITERIA, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"score={score!r} is unknown; {hint}there are {', '.join(sorted(CRITERIA))}. Register your own with @criterion."
+        )
+    return CRITERIA[score]
+
+
+def _imported(path: str) -> Criterion:
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"score={path!r} cannot be imported ({error}); the file's folder must be on PYTHONPATH."
+        ) from None
+    if not callable(function):
+        raise ValueError(f"score={path!r} is not a function.")
+    return function
+
+
+def name_of(score: str | Criterion) -> str:
+    """Return the name a criterion is registered under, or that of its function or class."""
+    if isinstance(score, str):
+        return score
+    return next((name for name, function in CRITERIA.items() if function is score), _defined(score)[1])
+
+
+def may_need_reference(score: str | Criterion) -> bool:
+    """Whether a criterion may ask for the weights from the start of training, so that they must be kept: a user's own."""
+    return not _defined(get(score))[0].startswith(f"{__package__}.")
+
+
+def _defined(score: Criterion) -> tuple[str, str]:
+    """Module and qualified name of a function, of that of a partial, or of the class of another callable object."""
+    while isinstance(score, partial):
+        score = score.func
+    named = score if hasattr(score, "__qualname__") else type(score)
+    return named.__module__, named.__qualname__
+
+
+def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Context) -> Scores:
+    """Run a criterion, check what it returned, and average data-made scores over ranks.
+
+    Raises:
+        ValueError: If a tensor is missing, has another shape, or holds nan.
+    """
+    function = get(score)
+    label = score if isinstance(score, str) else getattr(score, "__name__", name_of(score))
+    scores = function(params, context)
+    for name, parameter in params.items():
+        if name not in scores:
+            raise ValueError(f"The criterion {label!r} returned no score for {name}.")
+        if scores[name].shape != parameter.shape:
+            raise ValueError(
+                f"The criterion {label!r} returned shape {tuple(scores[name].shape)} for {name} of {tuple(parameter.shape)}."
+            )
+    result = {name: scores[name].detach() for name in params}
+    if context.used_data:
+        result = {name: mean_over_ranks(value) for name, value in result.items()}
+    for name, value in result.items():
+        if bool(torch.isnan(value).any()):
+            raise ValueError(
+                f"The criterion {label!r} gave nan for {name}; check the loss, or run it in a higher precision."
+            )
+    return result
