@@ -158,7 +158,7 @@ class PruneMask(MaskCallback):
         """Start from nothing pruned, unless a checkpoint brought masks."""
         if not self._restored:
             parameters = dict(session.module.named_parameters())
-            self._masks = MaskSet({name: full(True, parameters[name].shape) for name in self._names})
+            self._masks = MaskSet({name: full(True, parameters[name]) for name in self._names})
             self._last, self._updated, self._rewind_to, self._rewind_due = 0.0, -1, {}, False
 
     def advance(self, session: Session) -> str | None:

@@ -344,7 +344,7 @@ class Session:
                 masks = masks & freezer.masks
             return masks
         trains = self.trainable & self.owned
-        return MaskSet({name: full(name in trains, p.shape) for name, p in self.module.named_parameters()})
+        return MaskSet({name: full(name in trains, p) for name, p in self.module.named_parameters()})
 
     def _alive(self) -> dict[str, Tensor]:
         """What all PruneMasks let live, of the tensors that they have in scope."""

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from lightning_mask.core import sharding
 
 _FORMAT = "lightning-mask 1"
 
@@ -19,7 +22,8 @@ class MaskSet(Mapping[str, Tensor]):
     """Boolean masks keyed by parameter name; True = the entry may change (freeze) or is alive (prune).
 
     A value: its masks are not written to after it is made, and what the caller does to the tensors that were passed does
-    not reach them. A mask that is all True or all False takes one byte.
+    not reach them. A mask that is all True or all False takes one byte. Masks of parameters that ``fully_shard`` dealt out
+    are boolean DTensors; reading or writing all of their bits (hash, state, file) is a collective over the ranks.
 
     Args:
         masks: Name to boolean tensor of the parameter's shape; or to a float or integer tensor of zeros and ones.
@@ -54,7 +58,7 @@ class MaskSet(Mapping[str, Tensor]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskSet):
             return NotImplemented
-        return self.keys() == other.keys() and all(torch.equal(self[n], other[n].to(self[n].device)) for n in self)
+        return self.keys() == other.keys() and all(sharding.equal(self[n], other[n]) for n in self)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -67,7 +71,7 @@ class MaskSet(Mapping[str, Tensor]):
                 raise ValueError(
                     f"{name}: mask shapes differ, {tuple(self[name].shape)} and {tuple(other[name].shape)}."
                 )
-        return MaskSet({name: own(op(self[name], other[name].to(self[name].device))) for name in self})
+        return MaskSet({name: own(op(*_alike(self[name], other[name]))) for name in self})
 
     def __and__(self, other: "MaskSet") -> "MaskSet":
         return self._combine(other, both)
@@ -124,7 +128,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Write the masks to ``path`` as safetensors: packed bits, and shapes, hash and recipe in the metadata.
 
         The file appears whole or not at all (it is written under a temporary name, then renamed). A mask drawn from a
-        seed alone is stored as its recipe, without bits.
+        seed alone is stored as its recipe, without bits. Sharded masks are saved by all ranks together; rank 0 writes.
 
         Raises:
             OSError: If the folder cannot be written to.
@@ -142,6 +146,8 @@ class MaskSet(Mapping[str, Tensor]):
             "hash": self.hash(),
             "recipe": json.dumps(self.recipe),
         }
+        if any(sharding.is_sharded(mask) for mask in self.values()) and dist.get_rank() != 0:
+            return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -156,7 +162,7 @@ class MaskSet(Mapping[str, Tensor]):
         if not self.keys() >= set(self.recipe["scope_names"]):
             return False
         drawn = MaskSet(_regenerate(self.recipe, {name: list(mask.shape) for name, mask in self.items()}))
-        return all(torch.equal(mask, self[name].cpu()) for name, mask in drawn.items())
+        return all(sharding.equal(self[name], mask) for name, mask in drawn.items())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
@@ -201,33 +207,54 @@ class MaskSet(Mapping[str, Tensor]):
 
 
 def both(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a & b`` on the device of ``a``; at no cost where one of them is all True."""
+    """Return ``a & b`` laid out as ``a`` (as ``b`` where that alone is sharded); at no cost where one is all True."""
+    a, b = _alike(a, b)
     if _uniform(b) is True:
         return a
-    if _uniform(a) is True:
-        return b.to(a.device)
-    return a & b.to(a.device)
+    return b if _uniform(a) is True else a & b
+
+
+def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both masks on the device of the first, and sharded where one of them is."""
+    if sharding.is_sharded(b):
+        return sharding.shard(a, b), b
+    return (a, sharding.shard(b, a)) if sharding.is_sharded(a) else (a, b.to(a.device))
 
 
 def active(mask: Tensor) -> int:
-    """Number of True entries of one mask."""
+    """Number of True entries of one mask; of a sharded one that is in no MaskSet, a collective."""
+    known = getattr(mask, _COUNT, None)
+    if known is not None:
+        return int(known)
     uniform = _uniform(mask)
-    return int(mask.count_nonzero()) if uniform is None else mask.numel() * uniform
+    return sharding.count(mask) if uniform is None else mask.numel() * uniform
 
 
-def full(value: bool, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """Return a mask that is ``value`` everywhere and takes one byte whatever its shape."""
-    return _full(value, shape)
+def full(value: bool, like: Tensor) -> Tensor:
+    """Return a mask that is ``value`` everywhere, laid out as the parameter ``like``, and takes one byte."""
+    if not sharding.is_sharded(like):
+        return _full(value, like.shape)
+    part = sharding.local(like)
+    mask = sharding.wrap(torch.tensor(bool(value), device=part.device).expand(part.shape), like)
+    setattr(mask, _COUNT, mask.numel() * bool(value))
+    return mask
 
 
 def _full(value: bool, shape: Any) -> Tensor:
     return torch.tensor(bool(value)).expand(tuple(shape))
 
 
+_COUNT = "_lightning_mask_count"
+"""Where a sharded mask keeps its number of True entries, which takes a collective to find."""
+
+
 def _uniform(mask: Tensor) -> bool | None:
     """True or False where :func:`_compress` found the mask to be that everywhere, else None."""
     if mask.numel() == 0:
         return False
+    if sharding.is_sharded(mask):
+        known = getattr(mask, _COUNT, None)
+        return bool(known) if known in (0, mask.numel()) else None
     one = not any(mask.stride()) or mask.numel() == 1
     return bool(mask[(0,) * mask.dim()]) if one else None
 
@@ -235,8 +262,14 @@ def _uniform(mask: Tensor) -> bool | None:
 def _compress(mask: Tensor) -> Tensor:
     if _uniform(mask) is not None:
         return mask
-    total = int(mask.sum())
-    return mask if 0 < total < mask.numel() else torch.tensor(total > 0, device=mask.device).expand(mask.shape)
+    total = sharding.count(mask)
+    part = sharding.local(mask)
+    if total in (0, mask.numel()):
+        part = torch.tensor(total > 0, device=part.device).expand(part.shape)
+        mask = sharding.wrap(part, mask)
+    if sharding.is_sharded(mask):
+        setattr(mask, _COUNT, total)
+    return mask
 
 
 def own(mask: Tensor) -> Tensor:
@@ -250,7 +283,11 @@ def _keep(name: str, mask: Any) -> Tensor:
     if kept is not mask or hasattr(mask, "_lightning_mask_own"):
         return own(kept)
     uniform = _uniform(mask)
-    return own(mask.clone() if uniform is None else _full(uniform, mask.shape).to(mask.device))
+    part = sharding.local(mask)
+    copy = sharding.wrap(part.clone() if uniform is None else _full(uniform, part.shape).to(part.device), mask)
+    if hasattr(mask, _COUNT):
+        setattr(copy, _COUNT, getattr(mask, _COUNT))
+    return own(copy)
 
 
 def _as_bool(name: str, mask: Any) -> Tensor:
@@ -258,14 +295,14 @@ def _as_bool(name: str, mask: Any) -> Tensor:
         raise ValueError(f"{name}: a mask must be a boolean tensor, got {type(mask).__name__}.")
     if mask.dtype != torch.bool:
         mask = mask.detach()
-        if not bool(((mask == 0) | (mask == 1)).all()):
+        if not bool(((sharding.local(mask) == 0) | (sharding.local(mask) == 1)).all()):
             raise ValueError(f"{name}: a mask must hold only zeros and ones (False and True); got dtype {mask.dtype}.")
         mask = mask.bool()
     return mask
 
 
 def _pack(mask: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.packbits(mask.cpu().contiguous().view(-1).numpy())
+    return np.packbits(sharding.whole(mask).cpu().contiguous().view(-1).numpy())
 
 
 def _unpack(bits: np.ndarray[Any, Any], shape: list[int]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_mask.core import allocation, criteria, structures
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.criteria import Context, Criterion, random_scores
+from lightning_mask.core.draw import draw_entries
 from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import Patterns, as_patterns, resolve
 from lightning_mask.core.ranking import top_k
@@ -206,21 +207,22 @@ def select(
     """
     parameters = dict(model.named_parameters())
     whole = set(resolve(selection.train, model, "train"))
-    masks = {name: full(name in whole, p.shape) for name, p in parameters.items()}
+    masks = {name: full(name in whole, p) for name, p in parameters.items()}
     recipe = selection.recipe()
     if selection.mask is not None:
         masks |= {name: mask for name, mask in selection.given(model).items() if name not in whole}
     elif selection.score is not None:
         names = selection.scope_names(model, trainable)
-        scoped = {name: parameters[name] for name in names}
-        context = copy.copy(context)
-        context.seed = selection.seed  # the file of a random mask keeps the recipe's seed and nothing else
-        scores = criteria.compute(selection.score, scoped, context)
-        assert selection.density is not None
-        chosen = choose(scores, Budget(selection.density), selection.structure, selection.allocation)
-        masks |= {name: own(mask) for name, mask in chosen.items()}
         if selection.score == "random":
             recipe["scope_names"] = names
+            chosen = draw_random(recipe, {name: tuple(parameters[name].shape) for name in names})
+        else:
+            context = copy.copy(context)
+            context.seed = selection.seed
+            scores = criteria.compute(selection.score, {name: parameters[name] for name in names}, context)
+            assert selection.density is not None
+            chosen = choose(scores, Budget(selection.density), selection.structure, selection.allocation)
+        masks |= {name: own(mask) for name, mask in chosen.items()}
     return MaskSet(masks, recipe)
 
 
@@ -292,9 +294,11 @@ def _best(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tens
 
 
 def draw_random(recipe: Mapping[str, Any], shapes: Shapes) -> dict[str, Tensor]:
-    """Return the masks of a seeded random recipe, as :func:`select` drew them."""
-    scores = random_scores(shapes, recipe["seed"])
-    return choose(scores, Budget(recipe["density"]), recipe["structure"], recipe["allocation"])
+    """Return the masks of a random recipe, which depend on its seed and the shapes of the tensors in scope alone."""
+    budget, seed = Budget(recipe["density"]), recipe["seed"]
+    if recipe["structure"] == "entry":
+        return draw_entries(shapes, budget, recipe["allocation"], seed)
+    return choose(random_scores(shapes, seed), budget, recipe["structure"], recipe["allocation"])
 
 
 def count(masks: Mapping[str, Tensor]) -> int:
