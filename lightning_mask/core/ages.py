@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mask.core.sharding import first_entry, is_sharded, joined, local, totals
+
 _CORRECTING: tuple[type[Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax)
 _NEGLIGIBLE = 1e-4
 
@@ -33,22 +35,35 @@ class Ages:
 
     Args:
         cohorts: Pairs of an offset (the cohort's age minus the tensor's step count) and int flat indices.
+        like: The tensor. Of a sharded one the indices are of the whole tensor in ``cohorts`` and in :meth:`state`, and each
+            rank keeps those of its part; all ranks have the same cohorts.
     """
 
-    def __init__(self, cohorts: Sequence[tuple[int, Tensor]] = ()) -> None:
+    def __init__(self, cohorts: Sequence[tuple[int, Tensor]] = (), like: Tensor | None = None) -> None:
+        self._like = torch.empty(0) if like is None else like
+        self._first, count = first_entry(self._like), local(self._like).numel()
         self.cohorts: Cohorts = [(int(offset), index.long()) for offset, index in cohorts]
+        if is_sharded(self._like):
+            moved = [(offset, index - self._first) for offset, index in self.cohorts]
+            self.cohorts = [(offset, index[(index >= 0) & (index < count)]) for offset, index in moved]
         self._before: list[Tensor] = []
         self._step = 0
 
     def state(self) -> list[list[Any]]:
-        """Return the cohorts as plain values and int32 tensors (int64 from 2^31 entries on)."""
-        return [[o, i.int() if not len(i) or int(i[-1]) < 2**31 else i] for o, i in self.cohorts]
+        """Return the cohorts as plain values and int32 tensors (int64 from 2^31 entries on); a collective if sharded."""
+        cohorts = [(offset, joined(index + self._first, self._like)) for offset, index in self.cohorts]
+        return [[o, i.int() if not len(i) or int(i[-1]) < 2**31 else i] for o, i in cohorts]
 
     def keep(self, mask: Tensor) -> None:
         """Forget the entries that ``mask`` does not have."""
         flat = mask.reshape(-1)
         kept = [(offset, index[flat.to(index.device)[index]]) for offset, index in self.cohorts]
-        self.cohorts = [(offset, index) for offset, index in kept if len(index)]
+        sizes = self._sizes(kept) if kept else []
+        self.cohorts = [cohort for cohort, size in zip(kept, sizes, strict=True) if size]
+
+    def _sizes(self, cohorts: Cohorts) -> list[int]:
+        """How many entries each of them has, on all ranks together."""
+        return totals([len(index) for _, index in cohorts], self._like)
 
     def join(self, new: Tensor, mask: Tensor, step: int) -> int:
         """Let entries join that have not made a step; return the step count that the tensor is to have.
@@ -65,10 +80,11 @@ class Ages:
         for _, index in self.cohorts:
             rest.view(-1)[index] = False
         cohorts = [(0, rest.view(-1).nonzero().view(-1)), *self.cohorts, (-step, new.reshape(-1).nonzero().view(-1))]
-        largest = max(cohorts, key=lambda cohort: len(cohort[1]))[0]
+        sizes = self._sizes(cohorts)
+        largest = cohorts[sizes.index(max(sizes))][0]
         merged: dict[int, list[Tensor]] = {}
-        for offset, index in cohorts:
-            if offset != largest and len(index):
+        for (offset, index), size in zip(cohorts, sizes, strict=True):
+            if offset != largest and size:
                 merged.setdefault(offset - largest, []).append(index)
         self.cohorts = [(offset, torch.cat(parts).sort().values) for offset, parts in merged.items()]
         return step + largest

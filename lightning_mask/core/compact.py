@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mask.core.optimizers import initial_value
 from lightning_mask.core.rows import EntryGradients, RowGradients
+from lightning_mask.core.sharding import is_sharded, joined, local, totals, whole, wrap
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (
     torch.optim.SGD,
@@ -134,7 +135,7 @@ def servable(optimizer: Optimizer, parameter: Tensor) -> str | None:
     """Return None if the active entries of ``parameter`` can be handed to ``optimizer`` alone, else why they cannot."""
     if type(optimizer) not in ELEMENTWISE:
         return f"{type(optimizer).__name__} is not known to update each entry by itself"
-    if not parameter.is_contiguous():
+    if not local(parameter).is_contiguous():
         return "its memory is not contiguous"
     return "it is complex" if parameter.is_complex() else None
 
@@ -144,17 +145,19 @@ class Compact:
 
     After backward their gradients are gathered and the dense gradient is freed (of whole lines of a module's weight,
     backward makes no other gradient); after the step the values are scattered back. The optimizer never sees a held
-    entry, so none can move, and its state has the size of what is active.
+    entry, so none can move, and its state has the size of what is active. Of a sharded parameter each rank's values are
+    of its own part; together they are a DTensor too, so that clipping by norm counts all of them.
 
     Args:
         name: The parameter's name, for errors.
         parameter: The dense parameter, contiguous.
-        slots: Where its active entries stand.
+        slots: Where its active entries stand, in this rank's part.
         optimizer: The elementwise optimizer that holds it; its group keeps its place, and its state is carried over.
         early: Gather as soon as backward has accumulated the gradient (not where it is still to be reduced over ranks).
         module: The module whose weight the parameter is, where backward can make the gradient of the active part alone.
 
-    ``ahead`` says whether the optimizer may have changed the values since the dense parameter was last written.
+    ``ahead`` says whether the optimizer may have changed the values since the dense parameter was last written; while
+    ``paused``, gradients are left where they are.
     """
 
     def __init__(
@@ -167,13 +170,18 @@ class Compact:
         module: nn.Module | None = None,
     ) -> None:
         self.name, self.parameter, self.optimizer, self.slots = name, parameter, optimizer, slots
-        self.values = nn.Parameter(slots.gather(parameter.detach()))
-        self.ahead = False
+        part = slots.gather(local(parameter))
+        self._shape = part.shape
+        if is_sharded(parameter):
+            self._shape = torch.Size([*totals([len(part)], parameter), *part.shape[1:]])
+        self.values = nn.Parameter(wrap(part, parameter, self._shape))
+        self.ahead = self.paused = False
         self._put(parameter, self.values)
         if not is_compact(optimizer.state.get(parameter, {}), parameter, slots):
             _convert(optimizer, parameter, self.values, slots.gather)
         elif parameter in optimizer.state:
-            optimizer.state[self.values] = optimizer.state.pop(parameter)
+            state = optimizer.state.pop(parameter)
+            optimizer.state[self.values] = {k: self._laid_out(v) for k, v in state.items()}
         self.gather()
         self.lines: RowGradients | None = None
         self._hook: RemovableHandle | None = None
@@ -192,7 +200,7 @@ class Compact:
             ValueError: If the gradient is sparse.
         """
         dense = self.parameter.grad
-        if dense is None:
+        if dense is None or self.paused:
             return
         if not self.values.requires_grad:  # Lightning's toggle_optimizer leaves this optimizer's tensors out
             self.parameter.grad = None
@@ -201,21 +209,21 @@ class Compact:
             raise ValueError(
                 f"{self.name} is held in part and has a sparse gradient; make its layer with sparse=False."
             )
-        gradient = self.slots.gather(dense.detach())
+        gradient = self.slots.gather(local(dense))
         if self.values.grad is None:
-            self.values.grad = gradient
+            self.values.grad = self._laid_out(gradient)
         else:
-            self.values.grad.add_(gradient)
+            local(self.values.grad).add_(gradient)
         self.parameter.grad = None
 
     def read(self) -> None:
         """Take the values from the dense parameter, which others may have written to."""
-        self.slots.gather_(self.parameter.detach(), self.values.detach())
+        self.slots.gather_(local(self.parameter), local(self.values))
         self.ahead = True
 
     def write(self) -> None:
         """Put the values into the dense parameter; no other entry is touched."""
-        self.slots.scatter_(self.values.detach(), self.parameter.detach())
+        self.slots.scatter_(local(self.values), local(self.parameter))
         self.ahead = False
 
     def remove(self) -> None:
@@ -227,9 +235,33 @@ class Compact:
         if self.lines is not None:
             self.lines.remove()
         if self.values.grad is not None:
-            self.parameter.grad = self.slots.scatter(self.values.grad)
+            self.parameter.grad = wrap(self.slots.scatter(local(self.values.grad)), self.parameter)
         self._put(self.values, self.parameter)
         _convert(self.optimizer, self.values, self.parameter, self.slots.scatter)
+
+    def whole_state(self, mask: Tensor) -> dict[str, Any]:
+        """Return the optimizer's state of all ranks' active entries, as a run on one process has it; a collective.
+
+        Args:
+            mask: The mask of the tensor, laid out as the parameter.
+        """
+        if not is_sharded(self.parameter):
+            return dict(self.optimizer.state.get(self.values, {}))
+        assert isinstance(self.slots, Slots)
+        slots, places = Slots(whole(mask)), self.slots.places()
+        state: dict[str, Any] = {}
+        for key, value in self.optimizer.state.get(self.values, {}).items():
+            state[key] = value
+            if isinstance(value, Tensor) and value.shape == self._shape:
+                entries = joined(local(value)[places], self.parameter)
+                filled = entries.new_full((slots.size,), initial_value(self.optimizer, self.values, key))
+                state[key] = filled.index_copy_(0, slots.places(), entries)
+        return state
+
+    def _laid_out(self, value: Any) -> Any:
+        """A tensor of this rank's values, as its part of that of all ranks; anything else as it is."""
+        mine = isinstance(value, Tensor) and value.shape == self.slots.compact_shape and not is_sharded(value)
+        return wrap(value, self.parameter, self._shape) if mine else value
 
     def _put(self, old: Tensor, new: Tensor) -> None:
         for group in self.optimizer.param_groups:
@@ -238,9 +270,8 @@ class Compact:
 
 def is_compact(state: dict[str, Any], parameter: Tensor, slots: Slots | Lines) -> bool:
     """Whether an optimizer's state is of the active entries alone (a dense tensor is never of a compact one's size)."""
-    return any(
-        isinstance(v, Tensor) and v.shape == slots.compact_shape != tuple(parameter.shape) for v in state.values()
-    )
+    dense = tuple(local(parameter).shape)
+    return any(isinstance(v, Tensor) and local(v).shape == slots.compact_shape != dense for v in state.values())
 
 
 def widen_state(optimizer: Optimizer, parameter: Tensor, slots: Slots | Lines) -> None:
@@ -249,8 +280,8 @@ def widen_state(optimizer: Optimizer, parameter: Tensor, slots: Slots | Lines) -
     if not is_compact(state, parameter, slots):
         return
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == slots.compact_shape:
-            state[key] = slots.scatter(value, initial_value(optimizer, parameter, key))
+        if isinstance(value, Tensor) and local(value).shape == slots.compact_shape:
+            state[key] = wrap(slots.scatter(local(value), initial_value(optimizer, parameter, key)), parameter)
 
 
 def _convert(optimizer: Optimizer, old: Tensor, new: Tensor, change: Callable[[Tensor, float], Tensor]) -> None:
@@ -260,5 +291,5 @@ def _convert(optimizer: Optimizer, old: Tensor, new: Tensor, change: Callable[[T
     state: dict[str, Any] = optimizer.state.pop(old)
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == old.shape:
-            state[key] = change(value, initial_value(optimizer, new, key))
+            state[key] = wrap(change(local(value), initial_value(optimizer, new, key)), new, new.shape)
     optimizer.state[new] = state

@@ -24,6 +24,7 @@ from lightning_mask.core.optimizers import (
 )
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.rows import supports, whole_lines
+from lightning_mask.core.sharding import check_layout, equal, is_sharded, local, part, shard, totals
 
 ENGINES = ("auto", "compact", "dense")
 
@@ -46,6 +47,9 @@ class MaskEngine:
     after each ``step``. A tensor that is held whole stops requiring a gradient, so it costs nothing; one that is active
     whole is left alone.
 
+    Of a model that ``fully_shard`` dealt out over ranks (FSDP2), each rank holds its part; masks are whole tensors or DTensors
+    like the parameters. Make the engine after ``fully_shard``, and call its methods on all ranks.
+
     Args:
         model: The module whose parameters are masked, by name.
         optimizers: The optimizer, or several, that hold the parameters; param groups keep number and order.
@@ -64,7 +68,8 @@ class MaskEngine:
             tensors that are held whole and of the statistics of held normalisation modules, for :meth:`restore`.
 
     Raises:
-        ValueError: If a mask is of another shape or of no parameter, or a tensor is to train that no optimizer holds.
+        ValueError: If a mask is of another shape or of no parameter, a tensor is to train that no optimizer holds, or a
+            tensor is sharded in another way than by rows.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -107,7 +112,9 @@ class MaskEngine:
         self._holders: dict[str, Holder] = {}
         self._compact: dict[str, Compact] = {}
         self._refused: dict[str, str] = {}
-        self._ages: dict[str, Ages] = {name: Ages(cohorts) for name, cohorts in (ages or {}).items()}
+        for name, parameter in self._parameters.items():
+            check_layout(name, parameter)
+        self._ages: dict[str, Ages] = {name: Ages(each, self._parameters[name]) for name, each in (ages or {}).items()}
         self._held: set[str] = set()
         self._whole: dict[str, Holder] = {}
         self._norms = HeldNorms(model, keep=guard)
@@ -149,7 +156,7 @@ class MaskEngine:
                 continue
             if gradient.is_sparse:
                 raise ValueError(f"{name} is held in part and has a sparse gradient; make its layer with sparse=False.")
-            holder.mask_gradient(gradient.detach())
+            holder.mask_gradient(local(gradient))
 
     @torch.no_grad()
     def update(self, masks: Mapping[str, Tensor], zero: Mapping[str, Tensor] | None = None) -> None:
@@ -170,7 +177,7 @@ class MaskEngine:
         masks = {**restored, **masks}
         self._check(masks)
         for name, entries in (zero or {}).items():
-            self._parameters[name].data.masked_fill_(entries.to(self._parameters[name].device), 0)
+            local(self._parameters[name]).masked_fill_(part(entries, self._parameters[name]), 0)
         self._set(masks)
 
     def set_rates(self, factors: Mapping[str, float]) -> None:
@@ -269,8 +276,9 @@ class MaskEngine:
             parameter = self._parameters[name]
             if name in self._held:
                 continue
-            mask = self.masks.get(name, torch.tensor(True)).to(parameter.device)
-            parameter.copy_(torch.where(mask, value.to(parameter.device), parameter))
+            mine, value = local(parameter), part(value, parameter)
+            mask = part(self.masks[name], parameter) if name in self.masks else torch.ones_like(mine, dtype=torch.bool)
+            mine.copy_(torch.where(mask, value, mine))
             for owner in self._owners.get(id(parameter), []):
                 reset_state(owner, self._in_optimizer(name))
             self._ages.pop(name, None)
@@ -286,7 +294,7 @@ class MaskEngine:
         """Write every held value into ``model``, which has parameters of the same names (an average, say)."""
         parameters = dict(model.named_parameters())
         for name, holder in (self._holders | self._whole).items():
-            tensor = parameters[name].data
+            tensor = local(parameters[name])
             tensor.copy_(self._exact(name, holder, tensor))
 
     def release(self) -> None:
@@ -303,12 +311,12 @@ class MaskEngine:
         self._handles, self._rates, self._holders, self._whole, self._compact = [], [], {}, {}, {}
 
     def _exact(self, name: str, holder: Holder, value: Tensor) -> Tensor:
-        """A copy of ``value`` with the held entries of the parameter of that name."""
-        parameter = self._parameters[name]
+        """A copy of ``value`` with the held entries of the parameter of that name; of this rank's part."""
+        parameter = local(self._parameters[name])
         exact = value.to(parameter.device, parameter.dtype, copy=True).contiguous()
         holder.restore(exact)
         if value.dtype != parameter.dtype:  # somebody keeps it in another precision
-            mask = self.masks[name].to(parameter.device)
+            mask = part(self.masks[name], self._parameters[name])
             exact = torch.where(mask, value.to(parameter.device), exact.to(value.dtype))
         return exact.to(value.device)
 
@@ -320,7 +328,7 @@ class MaskEngine:
                 if compact.optimizer is optimizer:
                     compact.read()
             for name, ages in self._ages_of(optimizer):
-                ages.before_step(self._parameters[name].detach(), self._step_of(optimizer, name))
+                ages.before_step(local(self._parameters[name]), self._step_of(optimizer, name))
 
         def wrap(closure: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
@@ -342,12 +350,12 @@ class MaskEngine:
         for name, holder in self._holders.items():
             parameter = self._parameters[name]
             if any(owner is optimizer for owner in self._owners.get(id(parameter), [])):
-                holder.restore(parameter.data)
+                holder.restore(local(parameter))
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if self._ages else {}
         for name, ages in self._ages_of(optimizer):
             group, step = groups[id(self._in_optimizer(name))], self._step_of(optimizer, name)
             with torch.no_grad():
-                ages.after_step(self._parameters[name].data, step, group, optimizer)
+                ages.after_step(local(self._parameters[name]), step, group, optimizer)
 
     def _ages_of(self, optimizer: Optimizer) -> list[tuple[str, Ages]]:
         return [
@@ -362,11 +370,11 @@ class MaskEngine:
     @torch.no_grad()
     def _set(self, masks: Mapping[str, Tensor]) -> None:
         self._check(masks)
-        changed = MaskSet(masks)
+        changed = MaskSet({name: shard(mask, self._parameters[name]) for name, mask in masks.items()})
         for name, mask in changed.items():
             parameter, count = self._parameters[name], active(mask)
             then = self.masks.get(name)
-            if then is not None and mask is not then and not torch.equal(mask, then.to(mask.device)):
+            if then is not None and mask is not then and not equal(mask, then):
                 if name in self._compact:
                     self._compact.pop(name).remove()
                 self._start_afresh(name, then, mask)
@@ -381,22 +389,22 @@ class MaskEngine:
             elif not trains and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
+            mine = part(mask, parameter)
             if name in self._ages:
-                self._ages[name].keep(mask)
+                self._ages[name].keep(mine)
             if not trains:
                 self._held.add(name)
                 for owner in owners:
                     reset_state(owner, parameter)
             partly = 0 < count < parameter.numel()
-            mask = mask.to(parameter.device)
-            if name in self._stored and not torch.equal(self._stored[name].to(parameter.device), mask):
+            if name in self._stored and not equal(mask, self._stored[name]):
                 self._widen(name)
             if partly:
-                self._hold(name, mask, count)
+                self._hold(name, mine, count)
             elif not trains and any(moves_without_gradient(owner) for owner in owners):
-                self._holders[name] = make_holder(parameter.data, mask, count)
+                self._holders[name] = self._holder(parameter, mine, count)
             if self._guard and name not in self._holders and (partly or not trains):
-                self._whole[name] = make_holder(parameter.data, mask, count)
+                self._whole[name] = self._holder(parameter, mine, count)
             for owner in owners if trains else []:
                 begin_state(owner, self._in_optimizer(name))
         self.masks = changed
@@ -405,8 +413,12 @@ class MaskEngine:
         if self._rates:
             self._apply_rates()
 
+    def _holder(self, parameter: Tensor, mask: Tensor, count: int) -> Holder:
+        """Hold this rank's part; ``count`` is of the whole tensor."""
+        return make_holder(local(parameter), mask, active(mask) if is_sharded(parameter) else count)
+
     def _hold(self, name: str, mask: Tensor, count: int) -> None:
-        """Hold a tensor of which some entries are active."""
+        """Hold a tensor of which some entries are active: ``count`` of all, ``mask`` of this rank's part."""
         if name in self._compact:  # its mask did not change
             return
         parameter, owners = self._parameters[name], self._owners[id(self._parameters[name])]
@@ -414,28 +426,30 @@ class MaskEngine:
             reason = servable(owners[0], parameter) if len(owners) == 1 else "several optimizers hold it"
             if getattr(self.model.get_submodule(name.rpartition(".")[0]), "max_norm", None) is not None:
                 reason = "its Embedding writes to it (max_norm)"
-            module, lines = self._lines(name, mask) if reason is None and self._early else (None, None)
+            by_lines = reason is None and self._early and not is_sharded(parameter)
+            module, lines = self._lines(name, mask) if by_lines else (None, None)
             slots = lines or Slots(mask) if reason is None else None
-            if slots is not None and slots.size <= BREAK_EVEN * parameter.numel():
-                if name in self._stored and not is_compact(owners[0].state.get(parameter, {}), parameter, slots):
+            if slots is not None and totals([slots.size], parameter)[0] <= BREAK_EVEN * parameter.numel():
+                state = owners[0].state.get(parameter, {})
+                if name in self._stored and not is_compact(state, parameter, slots):
                     self._widen(name)
                 self._compact[name] = Compact(name, parameter, slots, owners[0], self._early, module)
                 return
             self._refused[name] = reason or "it is too small to gain by anything else"
         if name in self._stored:
             self._widen(name)
-        self._holders[name] = make_holder(parameter.data, mask, count)
+        self._holders[name] = self._holder(parameter, mask, count)
 
     @contextmanager
     def whole_gradients(self) -> Iterator[None]:
         """For a criterion: in the meantime, backward makes the gradient of every entry, not of active ones alone."""
-        lines = [compact.lines for compact in self._compact.values() if compact.lines is not None]
-        for each in lines:
+        taking: list[Any] = [each for c in self._compact.values() for each in (c, c.lines) if each is not None]
+        for each in taking:
             each.paused = True
         try:
             yield
         finally:
-            for each in lines:
+            for each in taking:
                 each.paused = False
 
     def _lines(self, name: str, mask: Tensor) -> tuple[nn.Module | None, Lines | None]:
@@ -452,7 +466,7 @@ class MaskEngine:
     def _widen(self, name: str) -> None:
         """Make an optimizer's state dense that a checkpoint brought for the active entries of a compact tensor."""
         parameter = self._parameters[name]
-        mask = self._stored.pop(name).to(parameter.device)
+        mask = part(self._stored.pop(name), parameter)
         lines = whole_lines(mask)
         kinds: list[Slots | Lines] = [Slots(mask), *([] if lines is None else [Lines(mask.shape, *lines)])]
         for slots in kinds:
@@ -482,17 +496,18 @@ class MaskEngine:
         owners = self._owners.get(id(parameter), [])
         if not owners or active(before) == before.numel():
             return
-        ages, mask = self._ages.get(name, Ages()), after.to(parameter.device)
+        ages, mask = self._ages.get(name, Ages(like=parameter)), part(after, parameter)
         ages.keep(mask)
-        new = None if active(before) == 0 else mask & ~before.to(parameter.device)
-        if new is None or bool(new.any()):
+        new = None if active(before) == 0 else mask & ~part(before, parameter)
+        joining = 0 if new is None else totals([int(new.count_nonzero())], parameter)[0]
+        if new is None or joining:
             for owner in owners:
                 reset_state(owner, parameter, new)
         state = owners[0].state.get(parameter, {})
         if new is None or not state or len(owners) > 1 or not corrects_bias(owners[0]):
             self._ages.pop(name, None)
             return
-        if bool(new.any()):
+        if joining:
             step = ages.join(new, mask, int(state["step"]))
             state["step"] = torch.full_like(torch.as_tensor(state["step"]), step)
         self._ages[name] = ages

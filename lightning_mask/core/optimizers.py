@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mask.core.sharding import local
+
 
 def parameters_of(optimizer: Optimizer) -> Iterable[Tensor]:
     """All parameters of an optimizer, group by group."""
@@ -41,7 +43,7 @@ def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None 
     Args:
         optimizer: The optimizer that holds ``parameter``.
         parameter: One of its parameters.
-        entries: Boolean, of the parameter's shape: the entries that start afresh; None: all.
+        entries: Boolean, of the shape of this rank's part of the parameter: those that start afresh; None: all.
     """
     state = optimizer.state.get(parameter)
     if not state or isinstance(optimizer, torch.optim.LBFGS):
@@ -56,7 +58,8 @@ def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None 
             continue
         if value.shape == parameter.shape:
             initial = initial_value(optimizer, parameter, key)
-            value.fill_(initial) if entries is None else value.masked_fill_(entries.to(value.device), initial)
+            mine = local(value)
+            mine.fill_(initial) if entries is None else mine.masked_fill_(entries.to(mine.device), initial)
         elif entries is None and key == "step":
             value.zero_()
 

@@ -71,6 +71,11 @@ def rows(like: Tensor) -> tuple[int, int]:
     return first, min(each, n - first)
 
 
+def first_entry(like: Tensor) -> int:
+    """Return the flat index, in the whole tensor, of the first entry of this rank's part."""
+    return rows(like)[0] * math.prod(like.shape[1:])
+
+
 def part(tensor: Tensor, like: Tensor) -> Tensor:
     """Return this rank's part of ``tensor``, which is whole or laid out as the parameter ``like``; on its device."""
     if isinstance(tensor, DTensor):
