@@ -16,6 +16,7 @@ from lightning_mask.core.draw import draw_entries
 from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import Patterns, as_patterns, resolve
 from lightning_mask.core.ranking import top_k
+from lightning_mask.core.sharding import shard
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -222,8 +223,8 @@ def select(
             scores = criteria.compute(selection.score, {name: parameters[name] for name in names}, context)
             assert selection.density is not None
             chosen = choose(scores, Budget(selection.density), selection.structure, selection.allocation)
-        masks |= {name: own(mask) for name, mask in chosen.items()}
-    return MaskSet(masks, recipe)
+        masks |= chosen
+    return MaskSet({name: own(shard(mask, parameters[name])) for name, mask in masks.items()}, recipe)
 
 
 def choose(scores: Mapping[str, Tensor], budget: Budget, structure: str, allocation_name: str) -> dict[str, Tensor]:

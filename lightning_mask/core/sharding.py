@@ -65,9 +65,9 @@ def rows(like: Tensor) -> tuple[int, int]:
     n = like.shape[0] if like.dim() else 1
     if not isinstance(like, DTensor):
         return 0, n
-    mesh, dim = _dealt(like)
-    each = -(-n // mesh.size(dim))
-    first = min(mesh.get_local_rank(dim) * each, n)
+    rank, size = ranks(like)
+    each = -(-n // size)
+    first = min(rank * each, n)
     return first, min(each, n - first)
 
 
@@ -88,6 +88,8 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
 
 def shard(tensor: Tensor, like: Tensor) -> Tensor:
     """Lay a whole tensor, equal on all ranks, out as ``like``; nothing is sent. A plain ``like`` leaves it as it is."""
+    if isinstance(tensor, DTensor) and isinstance(like, DTensor) and tensor.placements != like.placements:
+        return tensor.redistribute(placements=like.placements)
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
     return wrap(part(tensor, like).clone() if any(tensor.stride()) else part(tensor, like), like)
@@ -102,10 +104,25 @@ def totals(numbers: Sequence[int], like: Tensor) -> list[int]:
     """Return the sum over the ranks that share ``like`` of each number; a collective where it is sharded."""
     if not isinstance(like, DTensor):
         return list(numbers)
-    summed = torch.tensor(list(numbers), dtype=torch.int64, device=like.device)
+    return summed(torch.tensor(list(numbers), dtype=torch.int64), like).tolist()
+
+
+def summed(counts: Tensor, like: Tensor) -> Tensor:
+    """Return the sum over the ranks that share ``like`` of a plain tensor, on its device; a collective if sharded."""
+    if not isinstance(like, DTensor):
+        return counts
     mesh, dim = _dealt(like)
-    dist.all_reduce(summed, group=mesh.get_group(dim))
-    return summed.tolist()
+    on_device = counts.to(like.device, copy=True)
+    dist.all_reduce(on_device, group=mesh.get_group(dim))
+    return on_device.to(counts.device)
+
+
+def ranks(like: Tensor) -> tuple[int, int]:
+    """Return this rank's place among those that share ``like``, and their number; (0, 1) if it is not sharded."""
+    if not isinstance(like, DTensor):
+        return 0, 1
+    mesh, dim = _dealt(like)
+    return mesh.get_local_rank(dim), mesh.size(dim)
 
 
 def count(mask: Tensor) -> int:
@@ -125,10 +142,9 @@ def joined(part: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return part
+    rank, size = ranks(like)
+    sizes = totals([len(part) if each == rank else 0 for each in range(size)], like)
     mesh, dim = _dealt(like)
-    sizes = [0] * mesh.size(dim)
-    sizes[mesh.get_local_rank(dim)] = len(part)
-    sizes = totals(sizes, like)
     padded = part.new_zeros(max(sizes))
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in sizes]

@@ -1,10 +1,12 @@
 """What a criterion may look at besides the parameters."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from lightning_mask.core.sharding import is_sharded
 
 
 class Context:
@@ -69,6 +71,7 @@ class Context:
         """Yield, batch by batch, the gradient of the mean loss over ``params``; zeros where the loss does not reach.
 
         The model is in eval mode meanwhile; ``.grad``, ``requires_grad`` and every module's mode are as before after it.
+        Of sharded parameters the gradients are of the mean loss over the ranks, and sharded too.
         """
         tensors = list(params.values())
         with _ready_for_gradients(self.model, tensors):
@@ -78,7 +81,7 @@ class Context:
                     loss = self._maybe_loss(batch)
                     if loss is None:
                         continue
-                    found = torch.autograd.grad(loss, tensors, allow_unused=True)
+                    found = self._gradients_of(loss, tensors)
                 seen += 1
                 yield {
                     name: torch.zeros_like(p) if g is None else g.detach()
@@ -86,6 +89,19 @@ class Context:
                 }
             if not seen:
                 raise ValueError("This criterion needs training batches with a loss, and the training data gave none.")
+
+    def _gradients_of(self, loss: Tensor, tensors: list[Tensor]) -> Sequence[Tensor | None]:
+        if not any(is_sharded(tensor) for tensor in tensors):
+            return torch.autograd.grad(loss, tensors, allow_unused=True)
+        parameters = list(self.model.parameters())  # the forward ran on gathered copies: backward alone reaches these
+        kept = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+        found = [tensor.grad for tensor in tensors]
+        for parameter, grad in zip(parameters, kept, strict=True):
+            parameter.grad = grad
+        return found
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.distributed import mean_over_ranks
+from lightning_mask.core.sharding import is_sharded, local, shard, totals
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[Mapping[str, Tensor], Context], Scores]
@@ -112,10 +113,11 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
                 f"The criterion {label!r} returned shape {tuple(scores[name].shape)} for {name} of {tuple(parameter.shape)}."
             )
     result = {name: scores[name].detach() for name in params}
-    if context.used_data:
-        result = {name: mean_over_ranks(value) for name, value in result.items()}
     for name, value in result.items():
-        if bool(torch.isnan(value).any()):
+        if context.used_data and not is_sharded(value):
+            value = mean_over_ranks(value)
+        value = result[name] = shard(value, params[name])
+        if any(totals([int(torch.isnan(local(value)).any())], value)):
             raise ValueError(
                 f"The criterion {label!r} gave nan for {name}; check the loss, or run it in a higher precision."
             )
