@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mask.core.maskset import indices
 from lightning_mask.core.sharding import first_entry, is_sharded, joined, local, totals
 
 _CORRECTING: tuple[type[Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax)
@@ -79,7 +80,7 @@ class Ages:
         rest = mask & ~new
         for _, index in self.cohorts:
             rest.view(-1)[index] = False
-        cohorts = [(0, rest.view(-1).nonzero().view(-1)), *self.cohorts, (-step, new.reshape(-1).nonzero().view(-1))]
+        cohorts = [(0, indices(rest)), *self.cohorts, (-step, indices(new))]
         sizes = self._sizes(cohorts)
         largest = cohorts[sizes.index(max(sizes))][0]
         merged: dict[int, list[Tensor]] = {}

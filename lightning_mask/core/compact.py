@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mask.core.maskset import indices
 from lightning_mask.core.optimizers import initial_value
 from lightning_mask.core.rows import EntryGradients, RowGradients
 from lightning_mask.core.sharding import is_sharded, joined, local, totals, whole, wrap
@@ -51,7 +52,7 @@ class Slots:
 
     def __init__(self, mask: Tensor) -> None:
         self.shape, n = mask.shape, mask.numel()
-        index = mask.reshape(-1).nonzero().view(-1)
+        index = indices(mask)
         self.body = int((index < n - n % _LANES).sum())
         start = -(-self.body // _LANES) * _LANES
         self.tail = index[self.body :] - (n - n % _LANES) + start

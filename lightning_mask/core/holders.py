@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_mask.core.maskset import indices
+
 _FEW_ACTIVE, _FEW_HELD = 0.005, 0.05
 """Up to these shares, touching entries one by one beats a pass over the tensor (scripts/benchmark.py holders)."""
 
@@ -45,10 +47,6 @@ def make_holder(tensor: Tensor, mask: Tensor, active: int) -> Holder:
     return _Bits(tensor, mask, mixed=_MIXED[0] < active / tensor.numel() < _MIXED[1])
 
 
-def _indices(mask: Tensor) -> Tensor:
-    return mask.reshape(-1).nonzero().view(-1)
-
-
 class _Where:
     """Any layout and dtype: one pass of ``where``."""
 
@@ -66,7 +64,7 @@ class _FewActive:
     """Lift the few active entries out, overwrite everything, put them back."""
 
     def __init__(self, tensor: Tensor, mask: Tensor) -> None:
-        self.index, self.values = _indices(mask), tensor.detach().clone()
+        self.index, self.values = indices(mask), tensor.detach().clone()
 
     def mask_gradient(self, gradient: Tensor) -> None:
         if not gradient.is_contiguous():
@@ -88,7 +86,7 @@ class _FewHeld:
     """Write to the few held entries only."""
 
     def __init__(self, tensor: Tensor, mask: Tensor) -> None:
-        self.index = _indices(~mask)
+        self.index = indices(~mask)
         self.values = tensor.detach().view(-1).index_select(0, self.index)
         self.held = ~mask
 

@@ -230,14 +230,21 @@ def active(mask: Tensor) -> int:
     return sharding.count(mask) if uniform is None else mask.numel() * uniform
 
 
+def indices(mask: Tensor) -> Tensor:
+    """Return the sorted flat indices of the True entries of a plain mask, int64."""
+    flat = mask.reshape(-1)
+    if mask.device.type == "cpu":  # NumPy passes over what is False several times faster
+        return torch.from_numpy(np.flatnonzero(flat.numpy()))
+    return flat.nonzero().view(-1)
+
+
 def full(value: bool, like: Tensor) -> Tensor:
     """Return a mask that is ``value`` everywhere, laid out as the parameter ``like``, and takes one byte."""
     if not sharding.is_sharded(like):
         return _full(value, like.shape)
     part = sharding.local(like)
     mask = sharding.wrap(torch.tensor(bool(value), device=part.device).expand(part.shape), like)
-    setattr(mask, _COUNT, mask.numel() * bool(value))
-    return mask
+    return own(mask, mask.numel() * bool(value))
 
 
 def _full(value: bool, shape: Any) -> Tensor:
@@ -245,49 +252,44 @@ def _full(value: bool, shape: Any) -> Tensor:
 
 
 _COUNT = "_lightning_mask_count"
-"""Where a sharded mask keeps its number of True entries, which takes a collective to find."""
+"""Where a mask that nobody writes to keeps its number of True entries, which a sharded one takes a collective to find."""
 
 
 def _uniform(mask: Tensor) -> bool | None:
-    """True or False where :func:`_compress` found the mask to be that everywhere, else None."""
+    """True or False where the mask is known to be that everywhere, else None."""
     if mask.numel() == 0:
         return False
-    if sharding.is_sharded(mask):
-        known = getattr(mask, _COUNT, None)
+    known = getattr(mask, _COUNT, None)
+    if known is not None or sharding.is_sharded(mask):
         return bool(known) if known in (0, mask.numel()) else None
     one = not any(mask.stride()) or mask.numel() == 1
     return bool(mask[(0,) * mask.dim()]) if one else None
 
 
-def _compress(mask: Tensor) -> Tensor:
-    if _uniform(mask) is not None:
-        return mask
-    total = sharding.count(mask)
-    part = sharding.local(mask)
-    if total in (0, mask.numel()):
-        part = torch.tensor(total > 0, device=part.device).expand(part.shape)
-        mask = sharding.wrap(part, mask)
-    if sharding.is_sharded(mask):
-        setattr(mask, _COUNT, total)
-    return mask
+def own(mask: Tensor, count: int | None = None) -> Tensor:
+    """Mark a mask that nobody else writes to, so that a :class:`MaskSet` need not copy it; return it.
 
-
-def own(mask: Tensor) -> Tensor:
-    """Mark a mask that nobody else writes to, so that a :class:`MaskSet` need not copy it; return it."""
+    Args:
+        mask: The mask.
+        count: Its number of True entries, if that is known; it need not be found again then.
+    """
     mask._lightning_mask_own = True  # type: ignore[attr-defined]
+    if count is not None:
+        setattr(mask, _COUNT, count)
     return mask
 
 
 def _keep(name: str, mask: Any) -> Tensor:
-    kept = _compress(_as_bool(name, mask))
-    if kept is not mask or hasattr(mask, "_lightning_mask_own"):
-        return own(kept)
-    uniform = _uniform(mask)
-    part = sharding.local(mask)
-    copy = sharding.wrap(part.clone() if uniform is None else _full(uniform, part.shape).to(part.device), mask)
-    if hasattr(mask, _COUNT):
-        setattr(copy, _COUNT, getattr(mask, _COUNT))
-    return own(copy)
+    kept = _as_bool(name, mask)
+    owned = kept is not mask or hasattr(mask, "_lightning_mask_own")
+    if owned and hasattr(kept, _COUNT):
+        return kept
+    count, part = active(kept), sharding.local(kept)
+    if count in (0, kept.numel()):
+        part = torch.tensor(count > 0, device=part.device).expand(part.shape)
+    elif not owned:
+        part = part.clone()
+    return own(sharding.wrap(part, kept), count)
 
 
 def _as_bool(name: str, mask: Any) -> Tensor:
