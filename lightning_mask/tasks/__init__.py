@@ -1,9 +1,21 @@
 """Tasks: Lightning modules that train a real network. They know nothing of masks."""
 
 from lightning_mask.tasks.classifier import Classifier
-from lightning_mask.tasks.image import ImageClassifier
+from lightning_mask.tasks.efficientnet import EfficientNetLite0
+from lightning_mask.tasks.image import EfficientNetClassifier, ImageClassifier
 from lightning_mask.tasks.resnet import ResNet
 from lightning_mask.tasks.schedulers import linear_warmup_decay, warmup_constant
+from lightning_mask.tasks.task import Task
 from lightning_mask.tasks.text import TextClassifier
 
-__all__ = ["Classifier", "ImageClassifier", "ResNet", "TextClassifier", "linear_warmup_decay", "warmup_constant"]
+__all__ = [
+    "Classifier",
+    "EfficientNetClassifier",
+    "EfficientNetLite0",
+    "ImageClassifier",
+    "ResNet",
+    "Task",
+    "TextClassifier",
+    "linear_warmup_decay",
+    "warmup_constant",
+]

@@ -1,21 +1,14 @@
-"""What all classifiers share: steps, metrics, optimizer."""
+"""What all classifiers share: steps and metrics."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
-Batch = dict[str, Tensor]
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-MakeScheduler = Callable[..., Any]
+from lightning_mask.tasks.task import Batch, MakeOptimizer, MakeScheduler, Task
 
 
-class Classifier(LightningModule):
+class Classifier(Task):
     """Trains a network that maps a batch to logits, with cross-entropy.
 
     A batch is a dict with ``labels``, int64 [batch], and the network's inputs. Logs ``train/loss`` (each step) and
@@ -37,8 +30,6 @@ class Classifier(LightningModule):
         ValueError: If there are fewer than two classes, or not as many names.
     """
 
-    net: nn.Module
-
     def __init__(
         self,
         num_classes: int,
@@ -46,7 +37,7 @@ class Classifier(LightningModule):
         scheduler: MakeScheduler | None = None,
         class_names: list[str] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, scheduler)
         if num_classes < 2:
             raise ValueError(f"num_classes must be 2 or more, got {num_classes}.")
         if class_names is not None and len(class_names) != num_classes:
@@ -54,9 +45,7 @@ class Classifier(LightningModule):
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
         self.confusion_matrix: list[list[int]] | None = None
-        self._make_optimizer = optimizer
-        self._make_scheduler = scheduler
-        self.metrics = nn.ModuleDict({"train_loss": MeanMetric()})
+        self.metrics["train_loss"] = MeanMetric()
         for stage in ("val", "test"):
             self.metrics[f"{stage}_loss"] = MeanMetric()
             self.metrics[f"{stage}_accuracy"] = MulticlassAccuracy(num_classes, average="micro")
@@ -98,44 +87,8 @@ class Classifier(LightningModule):
         if stage == "test":
             self._metric("test_confusion").update(logits, labels)
 
-    def _metric(self, name: str) -> Metric:
-        metric = self.metrics[name]
-        assert isinstance(metric, Metric)
-        return metric
-
-    def _add(self, name: str, metric_name: str, *what: Any) -> None:
-        """Add a batch to a figure of the epoch.
-
-        Losses too are metrics: Lightning's own mean over ranks rounds the number of examples per rank down, and so is off
-        where it is odd.
-        """
-        metric = self._metric(metric_name)
-        metric.update(*what)
-        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name.startswith("val/"))
-
     def on_test_epoch_end(self) -> None:
         """Keep the confusion matrix over all ranks."""
         confusion = self._metric("test_confusion")
         self.confusion_matrix = confusion.compute().tolist()
         confusion.reset()
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer over all parameters, with the scheduler if there is one.
-
-        Raises:
-            ValueError: If no optimizer was given, or a scheduler is to span a run without an end.
-        """
-        if self._make_optimizer is None:
-            raise ValueError(
-                f"{type(self).__name__} has no optimizer: give it optimizer=, for example a partial of torch.optim.AdamW."
-            )
-        optimizer = self._make_optimizer(list(self.parameters()))
-        if self._make_scheduler is None:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError(
-                "A scheduler needs a run with an end: give the trainer max_epochs or max_steps, or set scheduler to null."
-            )
-        scheduler = self._make_scheduler(optimizer, num_training_steps=int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_mask.data.pretrained import load
-from lightning_mask.tasks.classifier import Batch, Classifier, MakeOptimizer, MakeScheduler
+from lightning_mask.tasks.classifier import Classifier
+from lightning_mask.tasks.task import Batch, MakeOptimizer, MakeScheduler
 
 # What the families of models call their dropout rates.
 _DROPOUTS = (

@@ -25,6 +25,7 @@ VALUES = {
     "data=hub": ["data.source.name=rows"],
     "data=image_folder": ["data.source.path=pictures", "model=resnet", "model.channels=3"],
     "data=mnist5k": ["model=resnet"],
+    "model=efficientnet_lite0": ["data=mnist5k"],
     "model=hf": ["model.model=some/model"],
     "model=resnet": ["data=mnist5k"],
 }

