@@ -9,6 +9,7 @@ from lightning_mask.callbacks.session import Session
 from lightning_mask.core.engine import Row
 from lightning_mask.core.maskset import MaskSet, active
 from lightning_mask.core.schedules import Run
+from lightning_mask.core.sharding import shard
 
 
 def plain(value: Any) -> Any:
@@ -62,6 +63,12 @@ class MaskCallback(Callback):
         return self._session is not None and self._session.members[0] is self
 
     # What a callback tells its session.
+
+    def take_part(self, module: LightningModule) -> None:
+        """Keep, of masks that a checkpoint brought, this rank's part where the model is sharded."""
+        if self._masks is not None:
+            parts = {name: shard(mask, module.get_parameter(name)) for name, mask in self._masks.items()}
+            self._masks = MaskSet(parts, self._masks.recipe)
 
     def check(self, session: Session) -> None:
         """Refuse bad input before training."""

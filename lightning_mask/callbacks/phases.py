@@ -3,7 +3,7 @@
 import math
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_mask.callbacks.freeze import (
 )
 from lightning_mask.callbacks.phase import Phase, gradual, make_phases, read_phases, recipe_of, write_phases
 from lightning_mask.callbacks.session import Session
+from lightning_mask.core import sharding
 from lightning_mask.core.distributed import mean_over_ranks, require_equal
 from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.patterns import resolve
@@ -317,7 +318,7 @@ class PhaseUnfreeze(MaskCallback):
         session.tell("on_masks_changing", reason)
         tensors = {**dict(session.module.named_parameters()), **dict(session.module.named_buffers())}
         for name, value in best.items():
-            tensors[name].copy_(value)
+            sharding.local(tensors[name]).copy_(sharding.part(value, tensors[name]))
         session.zero_pruned()  # more may be pruned by now than when the best was seen
 
     def _write(self, session: Session) -> None:
@@ -331,7 +332,7 @@ class PhaseUnfreeze(MaskCallback):
     def own_state(self) -> dict[str, Any]:
         """Return how the phases stand, and their recipes."""
         return {
-            "progress": dict(vars(self._progress)),
+            "progress": {**vars(self._progress), "best_weights": _whole(self._progress.best_weights)},
             "history": [dict(entry) for entry in self.history],
             "phases": self._recipes,
         }
@@ -343,6 +344,14 @@ class PhaseUnfreeze(MaskCallback):
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of what training may change: tensors that require a gradient, and buffers."""
-    tensors = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    return {name: t.detach().cpu().clone() for name, t in [*tensors.items(), *module.named_buffers()]}
+    """Copies of what training may change: tensors that require a gradient, and buffers; sharded where they are."""
+    tensors: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    tensors |= dict(module.named_buffers())
+    return {n: t.detach().clone() if sharding.is_sharded(t) else t.detach().cpu().clone() for n, t in tensors.items()}
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, on the CPU, for a checkpoint; a collective where some are sharded."""
+    return {
+        name: sharding.whole(value).cpu() if sharding.is_sharded(value) else value for name, value in tensors.items()
+    }

@@ -14,14 +14,23 @@ from lightning_mask.callbacks.base import MaskCallback, plain
 from lightning_mask.callbacks.freeze import Strings, may_need_reference
 from lightning_mask.callbacks.session import Session
 from lightning_mask.core import allocation as allocations
-from lightning_mask.core import criteria, schedules, structures
+from lightning_mask.core import criteria, schedules, sharding, structures
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import repeated_blocks, resolve
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
 from lightning_mask.core.schedules import Moment, Run
-from lightning_mask.core.selection import Selection, check_batches, check_n_of_m, check_patterns, choose, n_of_m
+from lightning_mask.core.selection import (
+    Selection,
+    check_batches,
+    check_n_of_m,
+    check_patterns,
+    check_shape,
+    choose,
+    n_of_m,
+    share_out,
+)
 
 
 class PruneMask(MaskCallback):
@@ -87,8 +96,7 @@ class PruneMask(MaskCallback):
             raise ValueError(f"PruneMask: sparsity={sparsity!r} {_SPARSITY}")
         try:
             criteria.get(score)
-            structures.get(structure)
-            allocations.get(allocation)
+            check_shape(structure, allocation)
             schedules.schedule(schedule)
             check_patterns(plain(scope), "scope")
             check_batches(batches)
@@ -105,6 +113,8 @@ class PruneMask(MaskCallback):
             raise ValueError(
                 f"PruneMask: regrow exchanges single entries; structure={structure!r} does not go with it."
             )
+        if regrow is not None and allocation == "row":
+            raise ValueError("PruneMask: regrow exchanges entries of a tensor; allocation='row' does not go with it.")
         if not isinstance(regrow_fraction, float | int) or not 0 < regrow_fraction <= 1:
             raise ValueError(f"PruneMask: regrow_fraction={regrow_fraction!r} must be a share in (0, 1].")
         self.regrow, self.regrow_fraction = regrow, float(regrow_fraction)
@@ -211,8 +221,9 @@ class PruneMask(MaskCallback):
             fraction = cosine_fraction(self.regrow_fraction, progress)
             chosen = drop_and_grow(scores, growth, budget, self.allocation, fraction)
         else:
-            chosen = choose(scores, budget, self.structure, self.allocation)
-        masks = MaskSet({name: own(mask) for name, mask in chosen.items()}, self._recipe(sparsity))
+            chosen = choose(scores, [(self._names, budget)], self.structure, self.allocation, session.module)
+        shares = {name: own(sharding.shard(mask, parameters[name])) for name, mask in chosen.items()}
+        masks = MaskSet(shares, self._recipe(sparsity))
         session.agree(masks, "PruneMask")
         self._refuse_held(masks, scores, free)
         self._masks, self._rewind_due = masks, self._rewind_step is not None
@@ -223,7 +234,8 @@ class PruneMask(MaskCallback):
         growth: dict[str, Tensor]
         if self.regrow == "random":
             shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-            growth = criteria.random_scores(shapes, criteria.named_seed(self.seed, f"step {step}"))
+            drawn = criteria.random_scores(shapes, criteria.named_seed(self.seed, f"step {step}"))
+            growth = {name: sharding.shard(score, parameters[name]) for name, score in drawn.items()}
         else:
             growth = {
                 n: torch.zeros_like(p) if p.grad is None else p.grad.detach().abs() for n, p in parameters.items()
@@ -243,7 +255,10 @@ class PruneMask(MaskCallback):
 
     def _scope_names(self, session: Session) -> list[str]:
         module = session.module
-        names = default_scope(module) if self.scope is None else resolve(self.scope, module, "PruneMask: scope")
+        if self.scope is None:
+            names = structures.default_scope(self.structure, default_scope(module), module)
+        else:
+            names = resolve(self.scope, module, "PruneMask: scope")
         if not names:
             raise ValueError(
                 "PruneMask: the model has no Linear, convolution or attention weight to prune; name tensors in scope."
@@ -255,6 +270,14 @@ class PruneMask(MaskCallback):
                 check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], name in transposed)
             if not parameters[name].is_floating_point():
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
+        if self.n_of_m is None:
+            shapes = {name: tuple(parameters[name].shape) for name in names if parameters[name].numel()}
+            try:
+                share_out(
+                    shapes, [(names, Budget(self.sparsity, removed=True))], self.structure, self.allocation, module
+                )
+            except ValueError as error:
+                raise ValueError(f"PruneMask: {error}") from None
         return names
 
     def _check_reach(self, session: Session) -> None:
@@ -267,7 +290,7 @@ class PruneMask(MaskCallback):
         for names, keep in groups:
             total = sum(tensors[name].numel() for name in names)
             free = self._free_of_all(session, names)
-            if total - keep > free and total - keep > free + sum(int((tensors[n] == 0).sum()) for n in names):
+            if total - keep > free and total - keep > free + sum(_zeros(tensors[n]) for n in names):
                 of = "in scope" if len(names) == len(self._names) else f"of {names[0]}"
                 held = f"FreezeMask holds all but {free:,} of them"
                 if not session.freezers:
@@ -289,7 +312,7 @@ class PruneMask(MaskCallback):
         if phases is None or self._restored:
             return
         tensors = [session.module.get_parameter(name) for name in self._names]
-        total, zeros = sum(t.numel() for t in tensors), sum(int((t == 0).sum()) for t in tensors)
+        total, zeros = sum(t.numel() for t in tensors), sum(_zeros(t) for t in tensors)
         start, reached = 0.0, 0
         for i, (phase, end) in enumerate(zip(phases.phases, phases.ends, strict=True)):
             last = i == len(phases.phases) - 1
@@ -325,17 +348,19 @@ class PruneMask(MaskCallback):
             return whole + sum(active(mask) for name, mask in selection.given(module).items() if name in sizes)
         if selection.density is None:
             return whole
-        ranked = selection.scope_names(module, session.trainable)
-        budget = Budget(selection.density).keep(sum(module.get_parameter(name).numel() for name in ranked))
-        return whole + min(budget, sum(sizes.get(name, 0) for name in ranked))
+        total = whole
+        for ranked, budget in selection.budgets(module, session.trainable):
+            kept = budget.keep(sum(module.get_parameter(name).numel() for name in ranked))
+            total += min(kept, sum(sizes.get(name, 0) for name in ranked))
+        return total
 
     def _refuse_held(self, masks: MaskSet, scores: dict[str, Tensor], free: MaskSet) -> None:
         for name, mask in masks.items():
             score = scores[name]
             kept = torch.isposinf(score) & ~mask.to(score.device)
-            if bool(kept.any()):
+            if sharding.count(kept):
                 what, out = f"held entries of {name}", "let FreezeMask or the phase train more of it"
-                if not bool((kept & ~free[name].to(score.device)).any()):
+                if not sharding.count(kept & ~free[name].to(score.device)):
                     what = f"entries of {name} that the criterion scores as infinite"
                     out = "give fewer of them an infinite score, or finite ones to all"
                 raise ValueError(
@@ -348,7 +373,7 @@ class PruneMask(MaskCallback):
         return {
             "last": self._last,
             "updated": self._updated,
-            "rewind_to": self._rewind_to,
+            "rewind_to": {name: sharding.whole(value) for name, value in self._rewind_to.items()},
             "rewind_due": self._rewind_due,
         }
 
@@ -376,6 +401,10 @@ def _constrained(score: Tensor, parameter: Tensor, alive: Tensor, free: Tensor) 
     score = score.float().masked_fill(~alive.to(score.device), -torch.inf)
     held = ~free.to(score.device) & alive.to(score.device) & (parameter.detach() != 0).to(score.device)
     return score.masked_fill(held, torch.inf)
+
+
+def _zeros(tensor: Tensor) -> int:
+    return sharding.count(tensor.detach() == 0)
 
 
 def _transposed(module: nn.Module) -> set[str]:

@@ -14,6 +14,7 @@ from lightning_mask.callbacks.base import MaskCallback
 from lightning_mask.callbacks.session import Session
 from lightning_mask.core.engine import Row
 from lightning_mask.core.maskset import MaskSet, active
+from lightning_mask.core.sharding import local, part, reshard, totals
 
 
 class RunReport(Callback):
@@ -64,7 +65,7 @@ class RunReport(Callback):
             masks = session.engine.masks
             parameters = dict(pl_module.named_parameters())
             self._copies = {
-                name: (mask, parameters[name].detach().clone())
+                name: (mask, local(parameters[name]).clone())
                 for name, mask in masks.items()
                 if active(mask) < mask.numel()
             }
@@ -101,18 +102,25 @@ class RunReport(Callback):
             "phases": list(session.phases.history) if session is not None and session.phases is not None else [],
             "tensors": [vars(row) for row in rows],
         }
-        if self.dirpath and session is not None and session.engine is not None and trainer.is_global_zero:
+        if (
+            self.dirpath
+            and session is not None
+            and session.engine is not None
+            and (trainer.is_global_zero or session.sharded)
+        ):
             masks = session.engine.masks
             recipes = [m.masks.recipe for m in session.members]
             MaskSet(masks, {"recipes": recipes}).save(Path(self.dirpath) / "masks.safetensors")
 
     def _check(self, module: LightningModule) -> None:
+        reshard(module)
         parameters = dict(module.named_parameters())
         checked = changed = 0
         for name, (mask, copy) in self._copies.items():
-            held = ~mask.to(copy.device)
+            parameter = parameters[name]
+            differ = (_bits(local(parameter)) != _bits(copy)).logical_and(~part(mask, parameter))
             checked += mask.numel() - active(mask)
-            changed += int((_bits(parameters[name].detach()) != _bits(copy)).logical_and(held).sum())
+            changed += totals([int(differ.count_nonzero())], parameter)[0]
         self._checked, self._changed = max(self._checked, checked), self._changed + changed
 
 

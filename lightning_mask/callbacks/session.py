@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_mask.callbacks import calibration, random_state
 from lightning_mask.callbacks.ddp import make_wire, rebuild_reducer
 from lightning_mask.callbacks.optimizer_names import arrange
+from lightning_mask.callbacks.sharded import STORED, give_back, take_over
+from lightning_mask.core import sharding
 from lightning_mask.core.criteria import Context, named_seed
 from lightning_mask.core.distributed import require_equal, require_equal_masks
 from lightning_mask.core.engine import MaskEngine
@@ -79,6 +82,7 @@ class Session:
         self._in_window = self._applied = self._epoch_ended = False
         self._epoch = -1
         self._facts: dict[str, float] = {}
+        take_over(trainer, module, lambda: self.engine)
         self._logged: tuple[int, dict[str, float]] | None = None
 
     # Facts about the run.
@@ -87,6 +91,11 @@ class Session:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.trainer.global_step
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are dealt out over the ranks."""
+        return any(sharding.is_sharded(p) for p in self.module.parameters())
 
     @property
     def trainable(self) -> set[str]:
@@ -144,6 +153,11 @@ class Session:
         Raises:
             ValueError: One sentence that names the culprit and the way out.
         """
+        if isinstance(self.trainer.strategy, _REFUSED):
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} flattens or hides the parameters, so masks cannot follow them; use "
+                "ModelParallelStrategy with fully_shard (FSDP2), or DDP."
+            )
         self._required = {name: p.requires_grad for name, p in self.module.named_parameters()}
         held = {id(p) for optimizer in self.trainer.optimizers for p in parameters_of(optimizer)}
         self.owned = {name for name, p in self.module.named_parameters() if id(p) in held}
@@ -151,7 +165,7 @@ class Session:
             member.check(self)
         if self._checkpoint is not None:
             names: dict[Tensor, str] = {p: name for name, p in self.module.named_parameters()}
-            states, saved = self._checkpoint.get("optimizer_states", []), self._checkpoint[_STORED]["names"]
+            states, saved = self._checkpoint.get("optimizer_states", []), self._checkpoint[STORED]["names"]
             arrange(states, saved, self.trainer.optimizers, names)
             self._checkpoint = None
 
@@ -185,13 +199,17 @@ class Session:
     def start(self) -> None:
         """Choose masks or take them from the checkpoint, hold, and put the random state back."""
         run = self.run()
+        sharding.reshard(self.module)
         for member in self.members:
+            member.take_part(self.module)
             member.measure(run)
         for pruner in self.pruners:
             pruner.check_phases(self)
         shared = next((m._shared for m in self.members if m._shared), None)
         if any(member.needs_reference for member in self.members):
-            self._reference = (shared or {}).get("reference") or _weights(self.module)
+            kept = (shared or {}).get("reference")
+            now = _weights(self.module)
+            self._reference = now if not kept else {n: sharding.shard(kept[n], value) for n, value in now.items()}
         self._reduced = self.trainable
         for member in sorted(self.members, key=lambda m: m is self.phases):  # a phase may build on the FreezeMasks
             member.begin(self)
@@ -218,6 +236,7 @@ class Session:
 
     def before_batch(self) -> None:
         """Put new phases and redrawn masks in force, between two optimizer steps."""
+        sharding.reshard(self.module)
         self._begun = True  # by now every callback had its say in on_train_start, about communication hooks too
         self.settle()
         if self._averages and self._epoch != self.trainer.current_epoch and self.engine is not None:
@@ -264,6 +283,7 @@ class Session:
 
     def validated(self) -> None:
         """Let the phases look at a monitored metric."""
+        sharding.reshard(self.module)
         if self.phases is not None:
             self.phases.watch(self, after_training=False)
 
@@ -282,19 +302,22 @@ class Session:
         if self.engine is None:
             return
         self.correct_averages()  # a callback that comes later may put them into the checkpoint
-        self.engine.correct(checkpoint["state_dict"])
-        checkpoint[_STORED] = {
+        checkpoint[STORED] = {
             "stored": self.engine.compact.to_state(),
             "ages": self.engine.ages(),
             "names": self.engine.names(),
         }
+        if self.sharded:  # its weights were made exact before they were taken, and a folder has no place for the groups
+            checkpoint[STORED]["groups"] = [o.state_dict()["param_groups"] for o in self.trainer.optimizers]
+            return
+        self.engine.correct(checkpoint["state_dict"])
         current = checkpoint.get("current_model_state")  # WeightAveraging keeps the model's own weights there
         if isinstance(current, dict):
             self.engine.correct(current)
 
     def remember(self, checkpoint: dict[str, Any]) -> None:
         """Take note of which entries the optimizers' state in a checkpoint is, of their ages and their parameters' names."""
-        saved = None if self.closed else checkpoint.get(_STORED)
+        saved = None if self.closed else checkpoint.get(STORED)
         if saved is not None:
             self.stored = {"stored": MaskSet.from_state(saved["stored"]), "ages": saved["ages"]}
             self._checkpoint = checkpoint  # Lightning loads the optimizers' state from it after on_fit_start
@@ -323,13 +346,16 @@ class Session:
         """Take away every hook."""
         if self.engine is not None and not self.closed:
             self.engine.release()
+        give_back(self.trainer.strategy)
         self.closed = True
 
     def state(self) -> dict[str, Any]:
-        """Return what is saved once for all members."""
+        """Return what is saved once for all members; of a sharded model, rank 0 gets the reference weights whole."""
         state: dict[str, Any] = {"random": random_state.collect()}
         if self._reference is not None:
-            state["reference"] = self._reference
+            whole = ((name, sharding.whole(value)) for name, value in self._reference.items())
+            kept = {name: value.cpu() for name, value in whole if self.trainer.is_global_zero} if self.sharded else None
+            state["reference"] = self._reference if kept is None else kept
         return state
 
     # Masks in force.
@@ -359,7 +385,7 @@ class Session:
         """Write +0.0 over all that is pruned."""
         for name, mask in self._alive().items():
             parameter = self.module.get_parameter(name)
-            parameter.masked_fill_(~mask.to(parameter.device), 0)
+            sharding.local(parameter).masked_fill_(~sharding.part(mask, parameter), 0)
 
     def _hold(self) -> None:
         masks = self.free()
@@ -376,7 +402,7 @@ class Session:
             self.engine_reason = choose_engine(self.trainer, self.module, {m.engine for m in self.members})
             reduced = isinstance(self.trainer.strategy.model, DistributedDataParallel)
             readers = any(p.regrow for p in self.pruners) or any(m.needs_reference for m in self.members)
-            early = not reduced and self.trainer.world_size == 1 and not readers
+            early = not reduced and (self.trainer.world_size == 1 or self.sharded) and not readers
             self.engine = MaskEngine(
                 self.module,
                 self.trainer.optimizers,
@@ -468,8 +494,7 @@ class Session:
             self._facts["mask/phase"] = float(self.phases.phase)
 
 
-_STORED = "lightning_mask"
-"""The key in a checkpoint of what it takes to read the optimizers' state in it."""
+_REFUSED = (FSDPStrategy, DeepSpeedStrategy)
 
 
 def choose_engine(trainer: Trainer, module: LightningModule, asked: set[str]) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from lightning_mask.core.optimizers import (
 )
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.rows import supports, whole_lines
-from lightning_mask.core.sharding import check_layout, equal, is_sharded, local, part, shard, totals
+from lightning_mask.core.sharding import check_layout, equal, is_sharded, local, part, reshard, shard, totals
 
 ENGINES = ("auto", "compact", "dense")
 
@@ -102,6 +102,7 @@ class MaskEngine:
         self.model, self._guard = model, guard
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.masks = MaskSet({})
+        reshard(model)
         self._aliases = aliases(model)
         self._parameters = dict(model.named_parameters())
         self._owners: dict[int, list[Optimizer]] = {}
@@ -216,6 +217,10 @@ class MaskEngine:
         """The masks of the tensors of which the optimizer holds the active entries alone; save it beside its state."""
         return MaskSet({name: self.masks[name] for name in self._compact})
 
+    def whole_state(self, name: str) -> dict[str, Any]:
+        """Return the optimizer's state of a compact tensor's active entries, of all ranks; empty for any other tensor."""
+        return self._compact[name].whole_state(self.masks[name]) if name in self._compact else {}
+
     def summary(self) -> list[Row]:
         """Return one row for each parameter of the model, in its order."""
         return [self._row(name, p) for name, p in self._parameters.items()]
@@ -253,6 +258,15 @@ class MaskEngine:
             for reason, names in by_reason.items()
         ]
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the model's own weights exact, in the middle of a step too, without ending the step."""
+        for compact in self._compact.values():
+            if compact.ahead:
+                compact.write()
+                compact.ahead = True  # the step is not over
+        self._write_held(self._parameters)
+
     def correct(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         """Make the held entries of a ``state_dict`` exact, whatever the moment it was taken in.
 
@@ -286,13 +300,15 @@ class MaskEngine:
     @torch.no_grad()
     def restore(self) -> None:
         """Write every held value back, as is done after each step; with ``guard`` what is held whole and statistics too."""
-        self.write_held(self.model)
+        self._write_held(self._parameters)
         self._norms.restore()
 
     @torch.no_grad()
     def write_held(self, model: nn.Module) -> None:
         """Write every held value into ``model``, which has parameters of the same names (an average, say)."""
-        parameters = dict(model.named_parameters())
+        self._write_held(dict(model.named_parameters()))
+
+    def _write_held(self, parameters: Mapping[str, Tensor]) -> None:
         for name, holder in (self._holders | self._whole).items():
             tensor = local(parameters[name])
             tensor.copy_(self._exact(name, holder, tensor))

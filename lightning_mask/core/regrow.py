@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_mask.core import allocation
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.ranking import top_k
+from lightning_mask.core.sharding import count
 
 
 def cosine_fraction(fraction: float, progress: float) -> float:
@@ -43,8 +44,8 @@ def drop_and_grow(
     for names, keep in allocation.get(allocation_name)(shapes, budget):
         worth = [scores[name] for name in names]
         candidates = [growth[name].float().masked_fill(~torch.isneginf(scores[name]), -torch.inf) for name in names]
-        room = sum(int((~torch.isneginf(c)).sum()) for c in candidates)
-        fixed = sum(int(torch.isposinf(w).sum()) for w in worth)
+        room = sum(count(~torch.isneginf(c)) for c in candidates)
+        fixed = sum(count(torch.isposinf(w)) for w in worth)
         exchanged = max(min(allocation.share(fraction, keep), room, keep - fixed), 0)
         kept, grown = top_k(worth, keep - exchanged), top_k(candidates, exchanged)
         masks |= {name: a | b for name, a, b in zip(names, kept, grown, strict=True)}

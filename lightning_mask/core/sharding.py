@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
@@ -35,6 +36,13 @@ def check_layout(name: str, tensor: Tensor) -> None:
             f"{name} has placements {tensor.placements}; masks know parameters that fully_shard deals out by rows "
             "(Shard(0)), without tensor parallelism."
         )
+
+
+def reshard(model: nn.Module) -> None:
+    """Give a model its sharded parameters back where a forward without backward left the gathered ones in their place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
