@@ -1,12 +1,15 @@
 """Allocations: how a budget of entries is shared among the tensors in scope."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
 Groups = list[tuple[list[str], int]]
 """Tensors that are ranked against each other, and how many entries of theirs to keep."""
+
+Budgets = Sequence[tuple[Sequence[str], "Budget"]]
+"""Tensors, and the budget that they share; no tensor has two."""
 
 
 def share(fraction: float, n: int) -> int:
@@ -54,9 +57,7 @@ def uniform(shapes: Shapes, budget: Budget) -> Groups:
     sizes = _sizes(shapes)
     if isinstance(budget.amount, float):
         return [([name], budget.keep(n)) for name, n in sizes.items()]
-    n = sum(sizes.values())
-    wanted = {name: budget.keep(n) / max(n, 1) * size for name, size in sizes.items()}
-    return [([name], count) for name, count in largest_remainders(wanted, sizes, budget.keep(n)).items()]
+    return _in_proportion(sizes, sizes, budget.keep(sum(sizes.values())))
 
 
 def erk(shapes: Shapes, budget: Budget) -> Groups:
@@ -67,19 +68,50 @@ def erk(shapes: Shapes, budget: Budget) -> Groups:
     (largest remainders first).
     """
     sizes = _sizes(shapes)
-    total = budget.keep(sum(sizes.values()))
-    raw = {name: sum(shape) / max(sizes[name], 1) if shape else 1.0 for name, shape in shapes.items()}
+    weights = {
+        name: float(sum(shape)) if sizes[name] and shape else float(sizes[name]) for name, shape in shapes.items()
+    }
+    return _in_proportion(weights, sizes, budget.keep(sum(sizes.values())))
+
+
+def row(shapes: Shapes, budget: Budget) -> Groups:
+    """Keep equally many entries of each row (output unit, dimension 0): its best inputs. A vector is one row.
+
+    A share keeps ``floor(share * width + 0.5)`` of a row; a number of entries is dealt out to all rows equally, where they
+    are wide enough, and rows differ by one at most. :func:`of_each_row` says how many of a row from the count of its tensor.
+    Source: Zhang et al., "Gradient-based Parameter Selection for Efficient Fine-Tuning" (GPS, 2024), takes the
+    same number of the connections into each neuron.
+    """
+    sizes = _sizes(shapes)
+    rows = {name: row_count(shape) if sizes[name] else 0 for name, shape in shapes.items()}
+    if isinstance(budget.amount, float):
+        return [([name], n and rows[name] * budget.keep(n // rows[name])) for name, n in sizes.items()]
+    return _in_proportion(rows, sizes, budget.keep(sum(sizes.values())))
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """Number of rows of a tensor of that shape; a vector or a single entry is one."""
+    return shape[0] if len(shape) > 1 else 1
+
+
+def of_each_row(keep: int, rows: int) -> tuple[int, int]:
+    """Return how many entries each of ``rows`` rows keeps of ``keep`` in all, and how many of the first rows keep one more."""
+    return divmod(keep, rows)
+
+
+def _in_proportion(weights: Mapping[str, float], sizes: Mapping[str, int], total: int) -> Groups:
+    """Share ``total`` in proportion to ``weights``, none above its size; what is cut off is shared among the others."""
     whole: set[str] = set()
     while True:
-        free = [name for name in shapes if name not in whole]
+        free = [name for name in sizes if name not in whole]
         left = total - sum(sizes[name] for name in whole)
-        weight = sum(raw[name] * sizes[name] for name in free)
-        epsilon = left / weight if weight else 0.0
-        over = {name for name in free if epsilon * raw[name] > 1}
+        weight = sum(weights[name] for name in free)
+        unit = left / weight if weight else 0.0
+        over = {name for name in free if unit * weights[name] > sizes[name]}
         if not over:
             break
         whole |= over
-    wanted = {n: float(sizes[n]) if n in whole else epsilon * raw[n] * sizes[n] for n in shapes}
+    wanted = {name: float(size) if name in whole else unit * weights[name] for name, size in sizes.items()}
     return [([name], count) for name, count in largest_remainders(wanted, sizes, total).items()]
 
 
@@ -100,6 +132,7 @@ ALLOCATIONS: dict[str, Callable[[Shapes, Budget], Groups]] = {
     "global": global_,
     "uniform": uniform,
     "erk": erk,
+    "row": row,
 }
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mask.core import allocation, criteria, structures
-from lightning_mask.core.allocation import Budget
+from lightning_mask.core.allocation import Budget, Budgets
 from lightning_mask.core.criteria import Context, Criterion, random_scores
 from lightning_mask.core.draw import draw_entries
 from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import Patterns, as_patterns, resolve
 from lightning_mask.core.ranking import top_k
-from lightning_mask.core.sharding import shard
+from lightning_mask.core.sharding import shard, whole
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -28,10 +28,16 @@ class Selection:
     Args:
         train: Patterns of tensors that may change whole.
         score: Criterion that ranks the entries in ``scope``; its choice is added to ``train``.
-        density: Float in (0, 1], the share of the entries in scope that is active; or int, their number.
-        scope: Patterns of the tensors that are ranked; default: every trainable tensor that ``train`` does not name.
-        structure: What is ranked together: ``entry``, ``row``, ``tensor``.
-        allocation: How the budget is shared among tensors: ``global``, ``uniform``, ``erk``.
+        density: Float in (0, 1], the share of the entries in scope that is active; or int, their number. Or a dict of
+            patterns to such values: each is a budget of its own for the tensors in scope that its pattern names and no
+            earlier one does; what none names is held.
+        scope: Patterns of the tensors that are ranked; default: every trainable tensor that ``train`` does not name
+            (with ``structure="head"``: of these, the tensors that have heads).
+        structure: What is chosen as one unit, by the mean score of its entries: ``entry``, ``row`` (output unit), ``column``
+            (input unit), ``head`` (its query, key and value rows and its output columns), ``block:RxC``, ``tensor``,
+            ``layer`` (all of a repeated block).
+        allocation: How a budget is shared among tensors: ``global``, ``uniform``, ``erk``, ``row`` (the same number of
+            entries of each output unit).
         batches: Number of training batches (per rank) shown to a criterion that needs data.
         seed: Seed of random criteria.
         mask: A mask set or the path of one, instead of a criterion.
@@ -42,7 +48,7 @@ class Selection:
 
     train: Patterns = None
     score: str | Criterion | None = None
-    density: float | int | None = None
+    density: float | int | Mapping[str, float | int] | None = None
     scope: Patterns = None
     structure: str = "entry"
     allocation: str = "global"
@@ -53,8 +59,7 @@ class Selection:
     def __post_init__(self) -> None:
         check_patterns(self.train, "train")
         check_patterns(self.scope, "scope")
-        structures.get(self.structure)
-        allocation.get(self.allocation)
+        check_shape(self.structure, self.allocation)
         if self.score is not None:
             criteria.get(self.score)
             check_density(self.density)
@@ -70,7 +75,7 @@ class Selection:
         return self.train is None and self.score is None and self.mask is None
 
     def scope_names(self, model: nn.Module, trainable: Collection[str] | None = None) -> list[str]:
-        """Return the names of the tensors that the criterion ranks.
+        """Return the names of the tensors that the criterion ranks, in the model's order.
 
         Args:
             model: The module.
@@ -81,12 +86,50 @@ class Selection:
         """
         if self.score is None:
             return []
+        ranked = {name for names, _ in self.budgets(model, trainable) for name in names}
+        return [name for name, _ in model.named_parameters() if name in ranked]
+
+    def budgets(self, model: nn.Module, trainable: Collection[str] | None = None) -> list[tuple[list[str], Budget]]:
+        """Return the tensors that are ranked and their budget; several of both where ``density`` is a dict.
+
+        Args:
+            model: The module.
+            trainable: As in :meth:`scope_names`.
+
+        Raises:
+            ValueError: As :meth:`scope_names`; or if a pattern of ``density`` names nothing in scope, or too little for its
+                budget, or so much too little that it is not one entry.
+        """
+        names = self._scope(model, trainable)
+        if not isinstance(self.density, Mapping):
+            return [(names, Budget(self.density or 0))]
+        parts, free = [], dict.fromkeys(names)
+        for pattern, amount in self.density.items():
+            mine = [name for name in resolve(pattern, model, "density") if name in free]
+            where = f"density: the pattern {pattern!r}"
+            if not mine:
+                raise ValueError(
+                    f"{where} names no tensor in scope that an earlier pattern does not name; take it out, move it forward, or "
+                    "widen scope."
+                )
+            entries = sum(model.get_parameter(name).numel() for name in mine)
+            if isinstance(amount, int) and amount > entries:
+                raise ValueError(f"{where} asks for {amount:,} of {entries:,} entries; lower the number.")
+            if not Budget(amount).keep(entries):
+                raise ValueError(f"{where} asks for {amount!r} of {entries:,} entries, which is not one; raise it.")
+            parts.append((mine, Budget(amount)))
+            for name in mine:
+                del free[name]
+        return parts
+
+    def _scope(self, model: nn.Module, trainable: Collection[str] | None) -> list[str]:
         train = set(resolve(self.train, model, "train"))
         parameters = dict(model.named_parameters())
         if trainable is None:
             trainable = {name for name, p in parameters.items() if p.requires_grad}
         if self.scope is None:
             names = [n for n, p in parameters.items() if n not in train and n in trainable and p.numel()]
+            names = structures.default_scope(self.structure, names, model)
         else:
             names = [n for n in resolve(self.scope, model, "scope") if n not in train and parameters[n].numel()]
         if not names:
@@ -111,11 +154,12 @@ class Selection:
         parameters = dict(model.named_parameters())
         if names:
             shapes = {n: tuple(parameters[n].shape) for n in names}
-            groups = allocation.get(self.allocation)(shapes, Budget(self.density or 0))
-            if not sum(keep for _, keep in groups):
+            budgets = self.budgets(model, trainable)
+            if not sum(keep for _, keep in share_out(shapes, budgets, self.structure, self.allocation, model)):
                 total = sum(parameters[n].numel() for n in names)
+                of = f"any row of the {total:,}" if self.allocation == "row" else f"the {total:,}"
                 raise ValueError(
-                    f"density={self.density!r} of the {total:,} entries in scope is not one entry; raise it, or leave score "
+                    f"density={self.density!r} of {of} entries in scope is not one entry; raise it, or leave score "
                     "and density out."
                 )
         if self.mask is not None:
@@ -147,7 +191,7 @@ class Selection:
         return {
             "train": list(as_patterns(self.train)),
             "score": score,
-            "density": self.density,
+            "density": dict(self.density) if isinstance(self.density, Mapping) else self.density,
             "scope": None if self.scope is None else list(as_patterns(self.scope)),
             "structure": self.structure,
             "allocation": self.allocation,
@@ -178,17 +222,44 @@ def check_batches(batches: Any) -> None:
         raise ValueError(f"batches={batches!r} must be a whole number from 1.")
 
 
+def check_shape(structure: str, allocation_name: str) -> None:
+    """Refuse a structure or an allocation that there is not, and two that do not go together.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    structures.get(structure)
+    allocation.get(allocation_name)
+    if allocation_name == "row" and structure != "entry":
+        raise ValueError(
+            f"allocation='row' takes single entries of each row; structure={structure!r} does not go with it."
+        )
+    if structure in ("tensor", "layer") and allocation_name != "global":
+        raise ValueError(
+            f"allocation={allocation_name!r} would give a budget to each unit of structure={structure!r}, which is active or "
+            "held as a whole; leave allocation at 'global'."
+        )
+
+
 def check_density(density: Any) -> None:
-    """Refuse a density that is no share in (0, 1] and no count from 1.
+    """Refuse a density that is no share in (0, 1] and no count from 1, nor a dict of patterns to such values.
 
     Raises:
         ValueError: Naming the value.
     """
+    if isinstance(density, Mapping) and density:
+        for pattern, amount in density.items():
+            if isinstance(amount, Mapping):
+                raise ValueError(f"density={density!r} must hold a share or a number for each pattern.")
+            as_patterns([pattern])
+            check_density(amount)
+        return
     count = isinstance(density, int) and not isinstance(density, bool) and density >= 1
     fraction = isinstance(density, float) and 0 < density <= 1
     if not (count or fraction):
         raise ValueError(
-            f"density={density!r} must be a share in (0, 1] as a float (1.0 is all) or a number of entries from 1 as an int."
+            f"density={density!r} must be a share in (0, 1] as a float (1.0 is all) or a number of entries from 1 as an int, "
+            "or a dict of patterns to these."
         )
 
 
@@ -213,35 +284,83 @@ def select(
     if selection.mask is not None:
         masks |= {name: mask for name, mask in selection.given(model).items() if name not in whole}
     elif selection.score is not None:
-        names = selection.scope_names(model, trainable)
+        names, budgets = selection.scope_names(model, trainable), selection.budgets(model, trainable)
         if selection.score == "random":
-            recipe["scope_names"] = names
-            chosen = draw_random(recipe, {name: tuple(parameters[name].shape) for name in names})
+            if len(budgets) > 1 or isinstance(selection.density, Mapping):
+                recipe["budgets"] = [[mine, budget.amount] for mine, budget in budgets]
+            if not structures.needs_model(selection.structure):
+                recipe["scope_names"] = names  # its file keeps the recipe alone
+            chosen = draw_random(recipe, {name: tuple(parameters[name].shape) for name in names}, model)
         else:
             context = copy.copy(context)
             context.seed = selection.seed
             scores = criteria.compute(selection.score, {name: parameters[name] for name in names}, context)
-            assert selection.density is not None
-            chosen = choose(scores, Budget(selection.density), selection.structure, selection.allocation)
+            chosen = choose(scores, budgets, selection.structure, selection.allocation, model)
         masks |= chosen
     return MaskSet({name: own(shard(mask, parameters[name])) for name, mask in masks.items()}, recipe)
 
 
-def choose(scores: Mapping[str, Tensor], budget: Budget, structure: str, allocation_name: str) -> dict[str, Tensor]:
-    """Return the masks that keep the best units of ``scores`` within ``budget``.
+def choose(
+    scores: Mapping[str, Tensor],
+    budgets: Budgets,
+    structure: str,
+    allocation_name: str,
+    model: nn.Module | None = None,
+) -> dict[str, Tensor]:
+    """Return the masks that keep the best units of ``scores`` within their budgets.
 
-    The number of active entries is the budget exactly for ``structure="entry"``; for larger units it is the nearest
-    number of whole units, at least one.
+    Units are taken by the mean score of their entries, the best first; of equal ones the first. Of entries each budget is
+    met exactly; of larger units, those that together come nearest to it are kept (the fewer of two that come as near), at
+    least one.
+
+    Args:
+        scores: Name to real tensor of the parameter's shape.
+        budgets: Tensors of ``scores`` and what to keep of them; together all of ``scores``.
+        structure: What a unit is.
+        allocation_name: How each budget is shared among its tensors.
+        model: The module whose parameters are meant; for structures that are read from it (``head``, ``layer``).
+
+    Raises:
+        ValueError: If a tensor cannot have that structure, or units span tensors of two budgets.
     """
-    kind = structures.get(structure)
-    shapes = {name: tuple(score.shape) for name, score in scores.items()}
-    masks: dict[str, Tensor] = {}
-    for names, keep in allocation.get(allocation_name)(shapes, budget):
-        units = [kind.reduce(scores[name]) for name in names]
-        sizes = [scores[n].numel() // max(kind.units(shapes[n]), 1) for n in names]
-        chosen = _best(units, sizes, keep)
-        masks |= {name: kind.expand(mask, shapes[name]) for name, mask in zip(names, chosen, strict=True)}
+    masks = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items() if not score.numel()}
+    shapes = {name: tuple(score.shape) for name, score in scores.items() if name not in masks}
+    rank = _best_of_each_row if allocation_name == "row" else _best
+    for groups, keep in share_out(shapes, budgets, structure, allocation_name, model):
+        units, sizes = zip(*(structures.unit_scores(scores, group) for group in groups), strict=True)
+        for group, chosen in zip(groups, rank(units, sizes, keep), strict=True):
+            masks |= structures.spread(chosen, group, scores)
     return {name: masks[name] for name in scores}
+
+
+def share_out(
+    shapes: Shapes, budgets: Budgets, structure: str, allocation_name: str, model: nn.Module | None = None
+) -> list[tuple[list[structures.Group], int]]:
+    """Return the groups of tensors whose units are ranked against each other, and how many entries of theirs to keep.
+
+    Where units span several tensors, what the allocation gives to each of these is added up.
+
+    Raises:
+        ValueError: As :func:`choose`.
+    """
+    groups = structures.get(structure)(shapes, model)
+    at = {name: i for i, group in enumerate(groups) for name in group}
+    shares: list[tuple[set[int], int]] = []
+    for names, budget in budgets:
+        mine = {name: shapes[name] for name in names if name in shapes}
+        torn = next((group for group in groups if 0 < len(group.keys() & mine.keys()) < len(group)), None)
+        if torn is not None:
+            inside, outside = (next(n for n in torn if (n in mine) == there) for there in (True, False))
+            raise ValueError(
+                f"density: {inside} and {outside} share units of structure={structure!r} and have different budgets; put them "
+                "under one pattern."
+            )
+        for together, keep in allocation.get(allocation_name)(mine, budget):
+            members = {at[name] for name in together}
+            joined = [share for share in shares if share[0] & members]
+            shares = [share for share in shares if not share[0] & members]
+            shares.append((members.union(*(m for m, _ in joined)), keep + sum(k for _, k in joined)))
+    return [([groups[i] for i in sorted(members)], keep) for members, keep in shares if members]
 
 
 def n_of_m(scores: Mapping[str, Tensor], n: int, m: int, transposed: Collection[str] = ()) -> dict[str, Tensor]:
@@ -257,11 +376,9 @@ def n_of_m(scores: Mapping[str, Tensor], n: int, m: int, transposed: Collection[
     masks = {}
     for name, score in scores.items():
         check_n_of_m(name, tuple(score.shape), m, name in transposed)
-        rows = score.transpose(0, 1) if name in transposed else score
-        groups = rows.detach().float().reshape(-1, m)
-        order = groups.argsort(dim=1, descending=True, stable=True)
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True).view(rows.shape)
-        masks[name] = mask.transpose(0, 1).contiguous() if name in transposed else mask
+        rows = whole(score).transpose(0, 1) if name in transposed else whole(score)
+        mask = _best_of_lines(rows.detach().reshape(-1, m), n).view(rows.shape)
+        masks[name] = shard(mask.transpose(0, 1).contiguous() if name in transposed else mask, score)
     return masks
 
 
@@ -279,13 +396,14 @@ def check_n_of_m(name: str, shape: tuple[int, ...], m: int, transposed: bool = F
         )
 
 
-def _best(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tensor]:
+def _best(units: Sequence[Tensor], sizes: Sequence[int | Tensor], keep: int) -> list[Tensor]:
     """Masks of the best units whose entries together come nearest to ``keep``."""
-    if len(set(sizes)) == 1:
-        count = keep if sizes[0] == 1 else max(round(keep / max(sizes[0], 1)), min(keep, 1))
-        return top_k(units, min(count, sum(u.numel() for u in units)))
-    scores = torch.cat([u.float().cpu() for u in units])
-    widths = torch.cat([torch.full((u.numel(),), s) for u, s in zip(units, sizes, strict=True)])
+    first, total = sizes[0], sum(u.numel() for u in units)
+    if isinstance(first, int) and all(isinstance(size, int) and size == first for size in sizes):
+        count = max((2 * keep + first - 1) // (2 * first), min(keep, 1))  # the fewer of two that come as near
+        return top_k(units, min(count, total))
+    scores = torch.cat([u.reshape(-1).float().cpu() for u in units])
+    widths = torch.cat([torch.as_tensor(s).expand(u.numel()) for u, s in zip(units, sizes, strict=True)])
     order = torch.argsort(scores, descending=True, stable=True)
     taken = torch.cat([torch.zeros(1, dtype=torch.int64), widths[order].cumsum(0)])
     count = int((taken - keep).abs().argmin())
@@ -294,12 +412,42 @@ def _best(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tens
     return [m.to(u.device) for m, u in zip(mask.split([u.numel() for u in units]), units, strict=True)]
 
 
-def draw_random(recipe: Mapping[str, Any], shapes: Shapes) -> dict[str, Tensor]:
-    """Return the masks of a random recipe, which depend on its seed and the shapes of the tensors in scope alone."""
-    budget, seed = Budget(recipe["density"]), recipe["seed"]
-    if recipe["structure"] == "entry":
-        return draw_entries(shapes, budget, recipe["allocation"], seed)
-    return choose(random_scores(shapes, seed), budget, recipe["structure"], recipe["allocation"])
+def _best_of_each_row(units: Sequence[Tensor], sizes: Sequence[int | Tensor], keep: int) -> list[Tensor]:
+    """Mask of the best entries of each row of one tensor, ``keep`` in all."""
+    (score,) = units
+    lines = score.detach().reshape(allocation.row_count(tuple(score.shape)), -1)
+    each, more = allocation.of_each_row(keep, len(lines))
+    return [torch.cat([_best_of_lines(lines[:more], each + 1), _best_of_lines(lines[more:], each)])]
+
+
+def _best_of_lines(lines: Tensor, k: int) -> Tensor:
+    """Mask of the ``k`` best of each line of a two-dimensional tensor; ties by position; a few lines at a time."""
+    mask = torch.zeros(lines.shape, dtype=torch.bool, device=lines.device)
+    at_once = max(_AT_ONCE // max(lines.shape[1], 1), 1)
+    for part, out in zip(lines.split(at_once), mask.split(at_once), strict=True):
+        order = part.float().argsort(dim=1, descending=True, stable=True)
+        out.scatter_(1, order[:, :k], True)
+    return mask
+
+
+_AT_ONCE = 1 << 16
+
+
+def draw_random(recipe: Mapping[str, Any], shapes: Shapes, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return the masks of a random recipe, which depend on its seed and the shapes of the tensors in scope alone.
+
+    A recipe whose structure is read from the model needs ``model`` too.
+    """
+    parts = recipe.get("budgets", [[list(shapes), recipe["density"]]])
+    budgets = [(names, Budget(amount)) for names, amount in parts]
+    if recipe["structure"] != "entry" or recipe["allocation"] == "row":
+        scores = random_scores(shapes, recipe["seed"])
+        return choose(scores, budgets, recipe["structure"], recipe["allocation"], model)
+    masks: dict[str, Tensor] = {}
+    for names, budget in budgets:
+        mine = {name: shapes[name] for name in names}
+        masks |= draw_entries(mine, budget, recipe["allocation"], recipe["seed"])
+    return {name: masks[name] for name in shapes}
 
 
 def count(masks: Mapping[str, Tensor]) -> int:

@@ -1,80 +1,344 @@
-"""Structures: which entries of a tensor are ranked together."""
+"""Structures: which entries are chosen together, as one unit; a unit may span several tensors.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A structure lays equal tiles over each tensor and numbers them. Tiles of one group that have the same number are one unit:
+rows are tiles of one tensor each, a head is a tile of each projection of its attention layer. Tiles are a reshape and a
+choice of dimensions, so no index as large as a tensor is ever made.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_mask.core.patterns import repeated_blocks
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
-class Structure:
-    """How entries form units.
+class Tiles:
+    """How the entries of one tensor form tiles of one size.
 
     Attributes:
-        units: Shape of a tensor to the number of its units; all units of one tensor have the same size.
-        reduce: Score tensor of the parameter's shape to one float32 score a unit, the mean over its entries.
-        expand: Boolean unit mask and the parameter's shape to a mask of that shape.
+        view: The shape that the tensor is seen in; a reshape of its own.
+        dims: Ascending dimensions of ``view`` that count the tiles, in order; the others lie within a tile.
+        first: Number of the first tile; the next ones count on from there.
     """
 
-    units: Callable[[tuple[int, ...]], int]
-    reduce: Callable[[Tensor], Tensor]
-    expand: Callable[[Tensor, tuple[int, ...]], Tensor]
+    view: Shape
+    dims: Shape
+    first: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return math.prod(self.view[d] for d in self.dims)
+
+    @property
+    def size(self) -> int:
+        """Entries in one tile."""
+        return math.prod(n for d, n in enumerate(self.view) if d not in self.dims)
+
+    def within(self) -> Shape:
+        """Dimensions of ``view`` that lie within a tile."""
+        return tuple(d for d in range(len(self.view)) if d not in self.dims)
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+Group = dict[str, Tiles]
+"""Tensors whose tiles are numbered together: tiles of the same number, one to each tensor at most, are one unit."""
 
 
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 1
+def unit_scores(scores: Mapping[str, Tensor], group: Group) -> tuple[Tensor, int | Tensor]:
+    """Return the mean score of each unit of a group, and how many entries each has (one number where all are equal).
+
+    Args:
+        scores: Name to real scores of the parameter's shape; those of the group are read.
+        group: As :func:`layout` gives it; no tensor of it is empty.
+
+    Returns:
+        Real scores of any shape, unit by unit in order; for single entries the scores themselves, not a copy of them.
+    """
+    if len(group) == 1:
+        ((name, tiles),) = group.items()
+        seen = scores[name].reshape(tiles.view)
+        return (seen.mean(tiles.within(), dtype=torch.float32) if tiles.within() else seen), tiles.size
+    count = max(tiles.first + tiles.count for tiles in group.values())
+    total, sizes = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
+    for name, tiles in group.items():
+        seen, mine = scores[name].reshape(tiles.view), slice(tiles.first, tiles.first + tiles.count)
+        summed = seen.sum(tiles.within(), dtype=torch.float32) if tiles.within() else seen
+        total[mine] += summed.reshape(-1).cpu().double()
+        sizes[mine] += tiles.size
+    equal = bool((sizes == sizes[0]).all())
+    return (total / sizes).float(), int(sizes[0]) if equal else sizes
 
 
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with its first two dimensions exchanged."""
-    return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else shape
+def spread(units: Tensor, group: Group, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks of a group's tensors from a mask of its units.
+
+    Args:
+        units: Boolean, one for each unit, as many and in the order that :func:`unit_scores` gave.
+        group: As :func:`layout` gives it.
+        scores: Tensors of the shapes and on the devices that the masks shall have.
+    """
+    masks = {}
+    for name, tiles in group.items():
+        mine = units.reshape(-1)[tiles.first : tiles.first + tiles.count].to(scores[name].device)
+        seen = mine.view([n if d in tiles.dims else 1 for d, n in enumerate(tiles.view)]).expand(tiles.view)
+        shape = scores[name].shape
+        masks[name] = seen.reshape(shape).contiguous() if tiles.dims else mine.view([1] * len(shape)).expand(shape)
+    return masks
 
 
-def _expand_rows(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return mask.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous() if shape else mask.view(())
+def _each(tile: Callable[[Shape], Tiles]) -> "Structure":
+    """The structure that lays the same kind of tiles over each tensor by itself."""
+    return lambda shapes, model: [{name: tile(shape)} for name, shape in shapes.items()]
 
+
+def _column(shape: Shape) -> Tiles:
+    return Tiles(shape, (1,) if len(shape) > 1 else tuple(range(len(shape))))
+
+
+def _block(rows: int, columns: int) -> "Structure":
+    """Tiles of ``rows`` x ``columns`` over dimension 0 and the others flattened; along a vector, of ``rows`` entries."""
+
+    def layout(shapes: Shapes, model: nn.Module | None) -> list[Group]:
+        return [{name: tile(name, shape)} for name, shape in shapes.items()]
+
+    def tile(name: str, shape: Shape) -> Tiles:
+        height, width = (shape[0] if shape else 1), math.prod(shape[1:])
+        vector = len(shape) < 2
+        if height % rows or (not vector and width % columns):
+            what = f"a vector of {height} entries" if vector else f"{height} x {width}"
+            by = f"{rows}" if vector else f"{rows} x {columns}"
+            raise ValueError(
+                f"structure='block:{rows}x{columns}': {name} of shape {shape}, {what}, is not divisible into blocks of {by}; "
+                "take it out of the scope, or choose a block that divides it."
+            )
+        if vector:
+            return Tiles((height // rows, rows), (0,))
+        return Tiles((height // rows, rows, width // columns, columns), (0, 2))
+
+    return layout
+
+
+def _layers(shapes: Shapes, model: nn.Module | None) -> list[Group]:
+    """One unit for each repeated block of the model, and one for each module that owns tensors outside of any block."""
+    blocks = repeated_blocks(_required(model, "layer"))
+    groups: dict[str, Group] = {}
+    for name, shape in shapes.items():
+        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
+        groups.setdefault(name.rpartition(".")[0] if block is None else block, {})[name] = Tiles(shape, ())
+    return list(groups.values())
+
+
+def _head_groups(shapes: Shapes, model: nn.Module | None) -> list[Group]:
+    """One group for each attention layer, of those of its tensors that are in scope."""
+    layers = heads(_required(model, "head"))
+    known = [name for layer in layers for name in layer]
+    odd = next((name for name in shapes if name not in set(known)), None)
+    if odd is not None:
+        _refuse_headless(odd, known)
+    groups = [{name: tiles for name, tiles in layer.items() if name in shapes} for layer in layers]
+    return [_from_zero(group) for group in groups if group]
+
+
+def _refuse_headless(name: str, known: list[str]) -> NoReturn:
+    if not known:
+        raise ValueError(
+            f"structure='head': {name} has no attention heads, nor has any tensor of this model: an attention layer with "
+            "projections of a known name, and num_heads on it or a config with num_attention_heads around it, were not found; "
+            "choose another structure."
+        )
+    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", each) for each in known))
+    raise ValueError(
+        f"structure='head': {name} has no attention heads; leave scope out, or name in it only what has: "
+        f"{', '.join(patterns[:8])}."
+    )
+
+
+def _from_zero(group: Group) -> Group:
+    first = min(tiles.first for tiles in group.values())
+    return {name: replace(tiles, first=tiles.first - first) for name, tiles in group.items()}
+
+
+def _required(model: nn.Module | None, structure: str) -> nn.Module:
+    if model is None:
+        raise ValueError(f"structure={structure!r} is read from the model; pass the model too.")
+    return model
+
+
+_SEPARATE = (
+    ("self.query", "self.key", "self.value", "output.dense"),  # BERT and its kin
+    ("attention.query", "attention.key", "attention.value", "output.dense"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama and its kin
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, CLIP
+    ("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
+    ("q", "k", "v", "o"),  # T5
+)
+_FUSED = (("c_attn", "c_proj"), ("qkv", "proj"))  # GPT-2; timm
+
+_Part = tuple[Tensor | None, int, Shape, int, int]
+"""A tensor, its dimension to split, into which sizes, which of them counts the heads, and the first unit's number."""
+
+
+def heads(model: nn.Module) -> list[Group]:
+    """Return one group of tensors for each attention layer of ``model``, whose units are its heads.
+
+    A head is the rows of the query, key and value projections that make it (with their biases' entries) and the columns of
+    the output projection that read it; the output's bias belongs to no head. Where several query heads share a key and
+    value head (grouped queries), a query head is its query rows and output columns, and each key and value head is a unit
+    of its own, numbered after the query heads: it serves all of its group, so none of them can claim it.
+
+    Layers are ``torch.nn.MultiheadAttention``, and modules with projections named as in BERT, Llama, OPT, DistilBERT, T5,
+    GPT-2 or timm's vision transformers. The number of heads is the layer's own (``num_heads``, ``num_attention_heads``), or
+    that of the nearest module around it with a ``config.num_attention_heads``. A layer whose shapes contradict its
+    numbers is left out.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    modules = dict(model.named_modules())
+    groups: list[Group] = []
+    taken: set[str] = set()
+    for path, module in modules.items():
+        group: Group = {}
+        for tensor, dim, sizes, counts, first in _attention(path, module, modules):
+            name = names.get(id(tensor))
+            if name is None or name in taken or tensor is None:
+                continue
+            shape = tuple(tensor.shape)
+            if shape[dim] != math.prod(sizes):
+                group = {}
+                break
+            view = (*shape[:dim], *sizes, *shape[dim + 1 :])
+            group[name] = Tiles(view, (dim + counts,), first)
+        taken |= group.keys()
+        groups += [group] if group else []
+    return groups
+
+
+def _attention(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Part]:
+    """The parts of an attention layer; none of another module."""
+
+    def below(name: str) -> nn.Module | None:
+        return modules.get(f"{path}.{name}" if path else name)
+
+    if isinstance(module, nn.MultiheadAttention):
+        each = (module.num_heads, module.head_dim)
+        rows = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        fused = (module.in_proj_weight, module.in_proj_bias)
+        return [
+            *((tensor, 0, (3, *each), 1, 0) for tensor in fused),
+            *((tensor, 0, each, 0, 0) for tensor in rows),
+            *((tensor, 2, each, 0, 0) for tensor in (module.bias_k, module.bias_v)),
+            (module.out_proj.weight, 1, each, 0, 0),
+        ]
+    for names in _SEPARATE:
+        q, k, v, o = (below(name) for name in names)
+        if q is not None and k is not None and v is not None and o is not None:
+            inner = names[0].rpartition(".")[0]
+            count, shared, width = _numbers(path, [below(inner)] if inner else [], modules, _outputs(q))
+            first = 0 if shared == count else count
+            return [
+                *_makes(q, (count, width), 0, 0),
+                *(part for layer in (k, v) for part in _makes(layer, (shared, width), 0, first)),
+                _reads(o, (count, width)),
+            ]
+    for together, output in _FUSED:
+        qkv, o = below(together), below(output)
+        if qkv is not None and o is not None:
+            count, shared, width = _numbers(path, [], modules, _outputs(qkv) // 3)
+            if shared == count:
+                return [*_makes(qkv, (3, count, width), 1, 0), _reads(o, (count, width))]
+    return []
+
+
+def _numbers(
+    path: str, inner: list[nn.Module | None], modules: Mapping[str, nn.Module], outputs: int
+) -> tuple[int, int, int]:
+    """Query heads, key and value heads, and the width of a head, of the attention layer at ``path``."""
+    around = [path]
+    while around[-1]:
+        around.append(around[-1].rpartition(".")[0])
+    own = [module for module in (*inner, modules[path]) if module is not None]
+    configs = [config for at in around if (config := getattr(modules.get(at), "config", None)) is not None]
+    config = next((c for c in configs if isinstance(getattr(c, "num_attention_heads", None), int)), None)
+    given = [getattr(module, key, None) for module in own for key in ("num_heads", "num_attention_heads")]
+    count = next((n for n in [*given, getattr(config, "num_attention_heads", None)] if isinstance(n, int)), 0)
+    width = getattr(config, "head_dim", None) or outputs // max(count, 1)
+    return count, getattr(config, "num_key_value_heads", None) or count, width
+
+
+def _transposed(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D"  # transformers' Linear with a weight of shape (in, out)
+
+
+def _outputs(layer: nn.Module) -> int:
+    weight = getattr(layer, "weight", None)
+    return 0 if weight is None or weight.dim() < 2 else int(weight.shape[1 if _transposed(layer) else 0])
+
+
+def _makes(layer: nn.Module, sizes: Shape, counts: int, first: int) -> list[_Part]:
+    """The parts of a projection whose outputs are those of heads."""
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    return [(weight, 1 if _transposed(layer) else 0, sizes, counts, first), (bias, 0, sizes, counts, first)]
+
+
+def _reads(layer: nn.Module, sizes: Shape) -> _Part:
+    """The part of a projection whose inputs are heads."""
+    return (getattr(layer, "weight", None), 0 if _transposed(layer) else 1, sizes, 0, 0)
+
+
+Structure = Callable[[Shapes, nn.Module | None], list[Group]]
+"""Shapes of the tensors in scope, none of them empty, and their model, to groups that hold each tensor once."""
 
 STRUCTURES: dict[str, Structure] = {
-    "entry": Structure(
-        units=_numel,
-        reduce=lambda score: score.reshape(-1),
-        expand=lambda mask, shape: mask.view(shape),
-    ),
+    "entry": _each(lambda shape: Tiles(shape, tuple(range(len(shape))))),
     # An output unit: dimension 0 of a Linear, Embedding or convolution weight; each entry of a vector.
-    "row": Structure(
-        units=_rows,
-        reduce=lambda score: score.float().reshape(_rows(tuple(score.shape)), -1).mean(1),
-        expand=_expand_rows,
-    ),
+    "row": _each(lambda shape: Tiles(shape, (0,) if shape else ())),
     # An input unit: dimension 1 of such a weight; each entry of a vector.
-    "column": Structure(
-        units=lambda shape: _rows(_turned(shape)),
-        reduce=lambda score: STRUCTURES["row"].reduce(score.movedim(1, 0) if score.dim() > 1 else score),
-        expand=lambda mask, shape: (
-            _expand_rows(mask, _turned(shape)).movedim(0, 1).contiguous()
-            if len(shape) > 1
-            else _expand_rows(mask, shape)
-        ),
-    ),
-    "tensor": Structure(
-        units=lambda shape: 1,
-        reduce=lambda score: score.float().mean().reshape(1),
-        expand=lambda mask, shape: mask.view([1] * len(shape)).expand(shape).contiguous(),
-    ),
+    "column": _each(_column),
+    "tensor": _each(lambda shape: Tiles(shape, ())),
+    "head": _head_groups,
+    "layer": _layers,
 }
+
+_OF_THE_MODEL = ("head", "layer")
 
 
 def get(name: str) -> Structure:
-    """Return the structure of that name.
+    """Return the structure of that name; ``block:RxC`` is one of R x C blocks.
 
     Raises:
         ValueError: If there is none.
     """
+    if isinstance(name, str) and (match := re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", name)):
+        return _block(int(match[1]), int(match[2]))
     if name not in STRUCTURES:
-        raise ValueError(f"structure={name!r} is unknown; there are {', '.join(sorted(STRUCTURES))}.")
+        known = sorted((*STRUCTURES, "block:RxC (e.g. block:4x4)"))
+        raise ValueError(f"structure={name!r} is unknown; there are {', '.join(known)}.")
     return STRUCTURES[name]
+
+
+def default_scope(name: str, tensors: Sequence[str], model: nn.Module) -> list[str]:
+    """Return those of ``tensors`` that are ranked where the user names none: all that can have units of that structure.
+
+    Raises:
+        ValueError: If none can.
+    """
+    if name != "head" or not tensors:
+        return list(tensors)
+    known = {tensor for layer in heads(model) for tensor in layer}
+    found = [tensor for tensor in tensors if tensor in known]
+    if not found:
+        _refuse_headless(tensors[0], list(known))
+    return found
+
+
+def needs_model(name: str) -> bool:
+    """Whether the units depend on the model and not on the tensors' shapes alone."""
+    return name in _OF_THE_MODEL

@@ -1,140 +1,30 @@
-import math
 from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_mask.core import Context, MaskSet, Selection, allocation, structures
-from lightning_mask.core.allocation import Budget, share
+from lightning_mask.core import Context, MaskSet, Selection
+from lightning_mask.core.allocation import Budget
 from lightning_mask.core.selection import choose, n_of_m, select
 
-# Allocations.
-
-SHAPES = {"a": (4, 5), "b": (3, 2, 2), "c": (7,), "d": (10, 10)}
-SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
-
-
-def test_a_share_rounds_half_up():
-    assert [share(f, 10) for f in (0.0, 0.04, 0.05, 0.25, 0.35, 1.0)] == [0, 0, 1, 3, 4, 10]
-
-
-@pytest.mark.parametrize(
-    ("budget", "kept"),
-    [
-        (Budget(0.25), 35),  # floor(34.75 + 0.5)
-        (Budget(0.25, removed=True), 139 - 35),
-        (Budget(1), 1),  # one entry
-        (Budget(1.0), 139),  # all of them
-        (Budget(139), 139),
-        (Budget(0.0, removed=True), 139),
-    ],
-)
-def test_global_is_one_group_over_the_whole_scope(budget: Budget, kept: int):
-    assert allocation.get("global")(SHAPES, budget) == [(["a", "b", "c", "d"], kept)]
-
-
-def test_uniform_gives_each_tensor_its_own_share():
-    groups = allocation.get("uniform")(SHAPES, Budget(0.25))
-    assert groups == [(["a"], 5), (["b"], 3), (["c"], 2), (["d"], 25)]
-    pruned = allocation.get("uniform")(SHAPES, Budget(0.25, removed=True))
-    assert pruned == [(["a"], 15), (["b"], 9), (["c"], 5), (["d"], 75)]
-
-
-def test_uniform_with_a_number_gives_largest_remainders():
-    # 50 of 139: shares 7.19, 4.32, 2.52, 35.97; the floors make 48; the largest remainders are d and c
-    assert allocation.get("uniform")(SHAPES, Budget(50)) == [(["a"], 7), (["b"], 4), (["c"], 3), (["d"], 36)]
-
-
-def test_erk_by_hand():
-    # (4, 5): raw density 9/20, (10, 10): 20/100, so the entries kept are in the ratio 9 : 20; of 58 they get 18 and 40
-    shapes = {"a": (4, 5), "d": (10, 10)}
-    assert allocation.get("erk")(shapes, Budget(58)) == [(["a"], 18), (["d"], 40)]
-    # of 87 the first would get 27 of its 20: it is kept whole, and the other gets 67
-    assert allocation.get("erk")(shapes, Budget(87)) == [(["a"], 20), (["d"], 67)]
-    # of three tensors the ratio is 9 : 20 : 30; of 180 the first is kept whole, and 160 are shared 20 : 30
-    three = {**shapes, "e": (10, 20)}
-    assert allocation.get("erk")(three, Budget(180)) == [(["a"], 20), (["d"], 64), (["e"], 96)]
-    # a convolution counts its kernel: (3, 2, 2): 7/12; a vector of 7: 7/7; in the ratio 7 : 7
-    assert allocation.get("erk")({"b": (3, 2, 2), "c": (7,)}, Budget(6)) == [(["b"], 3), (["c"], 3)]
-    # 29 * 0.5 = 14.5 -> 15 of 29: 9 : 20 of 15 is 4.66 and 10.34
-    assert allocation.get("erk")(shapes, Budget(15)) == [(["a"], 5), (["d"], 10)]
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 12), max_size=4), min_size=1, max_size=6),
-    st.floats(0, 1),
-    st.booleans(),
-    st.booleans(),
-)
-@settings(max_examples=200, deadline=None)
-def test_counts_add_up_exactly_and_fit(shapes: list[list[int]], fraction: float, removed: bool, as_number: bool):
-    named = {f"t{i}": tuple(shape) for i, shape in enumerate(shapes)}
-    sizes = {name: math.prod(shape) for name, shape in named.items()}
-    n = sum(sizes.values())
-    budget = Budget(share(fraction, n) if as_number else fraction, removed)
-    for name, allocate in allocation.ALLOCATIONS.items():
-        groups = allocate(named, budget)
-        assert sorted(x for names, _ in groups for x in names) == sorted(named)
-        assert all(0 <= kept <= sum(sizes[x] for x in names) for names, kept in groups), (name, groups)
-        if name != "uniform" or as_number:
-            assert sum(kept for _, kept in groups) == budget.keep(n), name
-
-
-def test_more_entries_than_there_are_is_refused():
-    for name in allocation.ALLOCATIONS:
-        with pytest.raises(ValueError, match="140 entries were asked for and the scope has 139"):
-            allocation.get(name)(SHAPES, Budget(140))
-    with pytest.raises(ValueError, match=r"'erc' is unknown; there are erk, global, uniform"):
-        allocation.get("erc")
-
-
-# Structures.
-
-
-def test_rows_are_output_units():
-    row = structures.get("row")
-    score = torch.arange(24.0).view(2, 3, 2, 2)
-    assert row.units((2, 3, 2, 2)) == 2
-    assert row.reduce(score).tolist() == [5.5, 17.5]
-    mask = row.expand(torch.tensor([False, True]), (2, 3, 2, 2))
-    assert mask.shape == score.shape
-    assert not mask[0].any()
-    assert mask[1].all()
-    assert row.units((5,)) == 5
-    assert row.reduce(torch.arange(5.0)).tolist() == [0, 1, 2, 3, 4]
-    assert row.expand(torch.tensor([True]), ()).tolist() is True
-
-
-def test_a_tensor_is_one_unit():
-    tensor = structures.get("tensor")
-    assert tensor.units((4, 5)) == 1
-    assert tensor.reduce(torch.arange(4.0).view(2, 2)).tolist() == [1.5]
-    assert tensor.expand(torch.tensor([True]), (2, 2)).tolist() == [[True, True], [True, True]]
-    assert tensor.expand(torch.tensor([True]), ()).tolist() is True
-
-
-def test_an_unknown_structure_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match=r"'rows' is unknown; there are .*entry.*row.*tensor"):
-        structures.get("rows")
+# Choosing.
 
 
 def test_rows_of_different_widths_come_nearest_to_the_budget():
     scores = {"wide": torch.tensor([[9.0] * 10, [1.0] * 10]), "thin": torch.tensor([[8.0] * 2, [7.0] * 2, [0.0] * 2])}
     cases = ((14, [1, 0], [1, 1, 0]), (12, [1, 0], [1, 0, 0]), (1, [1, 0], [0, 0, 0]), (26, [1, 1], [1, 1, 1]))
     for keep, wide, thin in cases:
-        masks = choose(scores, Budget(keep), "row", "global")
+        masks = choose(scores, [(list(scores), Budget(keep))], "row", "global")
         assert masks["wide"].all(1).tolist() == [bool(x) for x in wide], keep
         assert masks["thin"].all(1).tolist() == [bool(x) for x in thin], keep
 
 
 def test_whole_rows_of_one_width():
     score = torch.tensor([[0.0, 9.0], [5.0, 5.0], [4.0, 4.0], [0.0, 0.0]])  # means 4.5, 5, 4, 0
-    masks = choose({"w": score}, Budget(0.5), "row", "global")
+    masks = choose({"w": score}, [(["w"], Budget(0.5))], "row", "global")
     assert masks["w"].tolist() == [[True, True], [True, True], [False, False], [False, False]]
-    masks = choose({"w": score}, Budget(1), "row", "global")
+    masks = choose({"w": score}, [(["w"], Budget(1))], "row", "global")
     assert masks["w"].tolist() == [[False, False], [True, True], [False, False], [False, False]], "at least one unit"
 
 
@@ -201,8 +91,13 @@ def test_the_default_scope_is_what_trains_and_train_does_not_name():
     ]
 
 
-@pytest.mark.parametrize("structure", ["entry", "row", "tensor"])
-@pytest.mark.parametrize("allocated", ["global", "uniform", "erk"])
+@pytest.mark.parametrize(
+    ("structure", "allocated"),
+    [
+        *((s, a) for s in ("entry", "row", "column", "block:1x1") for a in ("global", "uniform", "erk")),
+        *(("entry", "row"), ("tensor", "global"), ("layer", "global")),
+    ],
+)
 def test_a_scope_with_awkward_shapes(structure: str, allocated: str):
     scope = ["*", "!integers"]
     masks = chosen(Selection(None, "magnitude", 0.5, scope=scope, structure=structure, allocation=allocated))
