@@ -399,8 +399,10 @@ def _read_n_of_m(sparsity: float | str) -> tuple[int, int] | None:
 def _constrained(score: Tensor, parameter: Tensor, alive: Tensor, free: Tensor) -> Tensor:
     """Scores under which what is pruned stays pruned and what is held and not zero stays."""
     score = score.float().masked_fill(~alive.to(score.device), -torch.inf)
+    if active(free) == free.numel():
+        return score
     held = ~free.to(score.device) & alive.to(score.device) & (parameter.detach() != 0).to(score.device)
-    return score.masked_fill(held, torch.inf)
+    return score.masked_fill_(held, torch.inf)
 
 
 def _zeros(tensor: Tensor) -> int:

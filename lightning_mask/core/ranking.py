@@ -74,7 +74,7 @@ def _keys(score: Tensor) -> Iterator[Tensor]:
     flat = local(score).reshape(-1)
     for chunk in flat.split(_CHUNK):
         bits = (chunk.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is +0.0
-        yield torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        yield (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # turns all bits but the sign of negative ones
 
 
 def _histogram(scores: Sequence[Tensor], high: int | None) -> Tensor:
