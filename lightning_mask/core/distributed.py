@@ -13,6 +13,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's place among the ranks, 0 outside a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Return the mean of ``tensor`` over all ranks, equal on all of them."""
     if world_size() == 1:

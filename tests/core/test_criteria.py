@@ -1,5 +1,6 @@
 import functools
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
@@ -30,6 +31,9 @@ def unit() -> nn.Linear:
     return model
 
 
+REFERENCE = {"weight": torch.tensor([[1.0, 1.0]]), "bias": torch.tensor([0.0])}
+
+
 def context(model: nn.Module, batches: Iterable[object] = BATCHES, **more: object) -> Context:
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         return (model(batch[0]) - batch[1]).square().mean()
@@ -41,18 +45,32 @@ def run(score: str, model: nn.Module, **more: object) -> dict[str, Tensor]:
     return compute(score, dict(model.named_parameters()), context(model, **more))  # type: ignore[arg-type]
 
 
+ROOT = 2**0.5 / 5**0.5  # of the norms of the two batches' gradients, 5**0.5 and 2**0.5, over that of the weight, 5**0.5
+
+
 @pytest.mark.parametrize(
     ("score", "weight", "bias"),
     [
         ("magnitude", [[2.0, 1.0]], [0.5]),
+        ("magnitude_lowest", [[-2.0, -1.0]], [-0.5]),
         ("gradient", [[3.0, 2.0]], [2.0]),  # |2| + |-1|, |-1| + |-1|; |1| + |-1|: signs must not cancel
         ("fisher", [[2.5, 1.0]], [1.0]),  # (4 + 1) / 2, (1 + 1) / 2; (1 + 1) / 2
+        ("child_tuning_d", [[2.5, 1.0]], [1.0]),
+        ("snip", [[1.0, 1.0]], [0.0]),  # the mean gradient is 0.5, -1; 0, and meets 2, -1; 0.5
+        ("taylor", [[10.0, 1.0]], [0.25]),  # 2.5 * 4, 1 * 1; 1 * 0.25
+        ("movement", [[-1.0, -1.0]], [0.0]),  # -0.5 * 2, 1 * -1
+        ("relative_gradient", [[(1 + ROOT) / 2] * 2], [2.0]),  # the bias: (1 / 0.5 + 1 / 0.5) / 2
+        ("grad_variance", [[2.25, 0.0]], [1.0]),  # 2.5 - 0.25, 1 - 1; 1 - 0
+        # The Hessian is twice the mean of (x, 1)(x, 1)^T over the four examples: [[1.5, -0.5, 0.5], [-0.5, 3, 2], [0.5, 2, 2]],
+        # so that Hg = 1.25, -3.25; -1.75.
+        ("grasp", [[2.5, 3.25]], [-0.875]),
+        ("change", [[1.0, 2.0]], [0.5]),
     ],
 )
 def test_by_hand(score: str, weight: list[list[float]], bias: list[float]):
-    scores = run(score, unit())
-    assert scores["weight"].tolist() == weight
-    assert scores["bias"].tolist() == bias
+    scores = run(score, unit(), reference=REFERENCE)
+    torch.testing.assert_close(scores["weight"], torch.tensor(weight))
+    torch.testing.assert_close(scores["bias"], torch.tensor(bias))
     assert not any(s.requires_grad for s in scores.values())
 
 
@@ -84,6 +102,7 @@ class Awkward(nn.Module):
         super().__init__()
         self.first, self.norm, self.drop = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
         self.last, self.unused = nn.Linear(4, 1), nn.Linear(2, 2)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
         self.first.weight.requires_grad_(False)
         self.train()
         self.drop.eval()
@@ -91,7 +110,8 @@ class Awkward(nn.Module):
         self.last.weight.grad = torch.full_like(self.last.weight, 7.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.drop(self.norm(self.first(x))))
+        x = self.drop(self.norm(self.first(x)))
+        return self.last(self.blocks[1](self.blocks[0](x)))
 
 
 def everything(model: nn.Module) -> list[object]:
@@ -114,8 +134,11 @@ def test_the_model_is_left_as_it_was(score: str, grad_enabled: bool):
     torch.manual_seed(0)
     model, batches = Awkward(), [(torch.randn(5, 3), torch.randn(5, 1)) for _ in range(2)]
     before = everything(model)
+    of_layers = score in ("wanda", "activation")
+    scope = {n: p for n, p in model.named_parameters() if not of_layers or n in ("first.weight", "last.weight")}
+    more = {"sampled_loss": lambda batch: (model(batch[0]) - torch.rand(5, 1)).square().mean()}
     with torch.set_grad_enabled(grad_enabled):
-        scores = run(score, model, batches=batches)
+        scores = compute(score, scope, context(model, batches, reference=dict(model.named_parameters()), **more))
     for now, then in zip(everything(model), before, strict=True):
         if isinstance(then, dict) and isinstance(next(iter(then.values())), tuple):
             assert now.keys() == then.keys()  # type: ignore[attr-defined]
@@ -126,8 +149,8 @@ def test_the_model_is_left_as_it_was(score: str, grad_enabled: bool):
             assert torch.equal(now, then)  # type: ignore[arg-type]
         else:
             assert_same(now, then)
-    assert [*scores] == [n for n, _ in model.named_parameters()]
-    if score in ("gradient", "fisher"):
+    assert [*scores] == [*scope]
+    if score in ("gradient", "fisher", "fisher_sampled", "snip", "taylor", "relative_gradient", "grad_variance"):
         assert scores["first.weight"].abs().sum() > 0, "a frozen tensor can be scored"
         assert scores["unused.weight"].abs().sum() == 0, "what the loss does not reach scores zero"
 
@@ -181,8 +204,12 @@ def test_the_model_is_put_back_when_a_criterion_stops_early_or_fails():
 def test_low_precision_is_summed_in_float32():
     model = nn.Linear(4, 2).to(torch.bfloat16)
     batches = [(torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.bfloat16))] * 3
-    for score in ("gradient", "fisher"):
-        assert run(score, model, batches=batches)["weight"].dtype == torch.float32
+    for score in sorted(
+        {*CRITERIA} - {"fisher_sampled", "activation", "last_layers", "first_layers", "magnitude_lowest"}
+    ):
+        scope = {"weight": model.weight}
+        dtype = compute(score, scope, context(model, batches, reference=scope))["weight"].dtype
+        assert dtype == (torch.bfloat16 if score == "magnitude" else torch.float32), score
 
 
 def test_nan_is_refused_by_name():
@@ -281,10 +308,12 @@ class Far:
         return far(params, context, 2)
 
 
-@pytest.mark.parametrize(("score", "name"), [(functools.partial(far, power=2), "far"), (Far(), "Far"), (far, "far")])
+@pytest.mark.parametrize(
+    ("score", "name"), [(functools.partial(far, power=2), "far(power=2)"), (Far(), "Far"), (far, "far")]
+)
 def test_a_partial_and_an_object_that_can_be_called_are_criteria_with_a_name(score: criteria.Criterion, name: str):
     assert criteria.name_of(score) == name
-    with pytest.raises(ValueError, match=f"The criterion '{name}' gave nan for w"):
+    with pytest.raises(ValueError, match=re.escape(f"The criterion '{name}' gave nan for w")):
         compute(score, {"w": nn.Parameter(torch.tensor([float("nan")]))}, context(unit()))
     register = criterion(f"a test's own {name} {type(score).__name__}")
     assert register(score) is register(score) is score

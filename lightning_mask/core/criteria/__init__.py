@@ -1,11 +1,11 @@
 """Criteria: functions that give every entry in scope a number; higher = more worth keeping active.
 
 A criterion takes the parameters in scope and a :class:`Context` and returns one real tensor of the same shape for each.
-Gradients are taken in eval mode (no dropout noise, batch statistics do not move) and leave ``.grad`` alone; scores that
-were made from data are averaged over ranks before they are ranked.
+Gradients and activations are taken in eval mode (no dropout noise, batch statistics do not move), which leaves ``.grad``
+alone; scores that were made from data are averaged over ranks before they are ranked.
 """
 
-from lightning_mask.core.criteria import gradients, weights
+from lightning_mask.core.criteria import activations, gradients, training, weights
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.criteria.registry import (
     CRITERIA,
@@ -17,13 +17,15 @@ from lightning_mask.core.criteria.registry import (
     may_need_reference,
     name_of,
 )
-from lightning_mask.core.criteria.weights import named_seed, random_scores
+from lightning_mask.core.criteria.seeds import named_seed
+from lightning_mask.core.criteria.weights import random_scores
 
 __all__ = [
     "CRITERIA",
     "Context",
     "Criterion",
     "Scores",
+    "activations",
     "compute",
     "criterion",
     "get",
@@ -32,5 +34,6 @@ __all__ = [
     "name_of",
     "named_seed",
     "random_scores",
+    "training",
     "weights",
 ]

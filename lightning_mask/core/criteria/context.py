@@ -6,7 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_mask.core.criteria.seeds import named_seed
+from lightning_mask.core.distributed import rank
 from lightning_mask.core.sharding import is_sharded
+
+Loss = Callable[[object], Tensor | None]
 
 
 class Context:
@@ -18,18 +22,22 @@ class Context:
         batches: Called to get the training batches, fewer or more as the selection says.
         seed: Seed of the selection.
         reference: Weights to compare with (at the start of training), by parameter name.
+        sampled_loss: As ``loss``, but against labels drawn from the model's own predictions, with torch's global random
+            state (which is seeded before each call and put back after it).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[object], Tensor | None] | None = None,
+        loss: Loss | None = None,
         batches: Callable[[], Iterable[object]] | None = None,
         seed: int = 0,
         reference: Mapping[str, Tensor] | None = None,
+        sampled_loss: Loss | None = None,
     ) -> None:
         self.model, self.seed = model, seed
         self._loss, self._batches, self._reference = loss, batches, reference
+        self._sampled_loss, self._draws = sampled_loss, 0
         self.used_data = False
 
     @property
@@ -67,26 +75,87 @@ class Context:
             raise ValueError("This criterion needs a loss; pass loss=, or pick one without data.")
         return self._loss(batch)
 
-    def gradients(self, params: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    def sampled_loss(self, batch: object) -> Tensor | None:
+        """Return the loss of one batch against labels drawn from the model's own predictions; None for a batch without.
+
+        The draw depends on the context's seed, the rank, and how many were made before it.
+
+        Raises:
+            ValueError: If the context has no such loss.
+        """
+        if self._sampled_loss is None:
+            raise ValueError(
+                "This criterion needs a loss against labels drawn from the model's own predictions; define "
+                "mask_sampled_loss(self, batch) in the module (or pass sampled_loss=), or take score=fisher, which looks at "
+                "the labels of the data."
+            )
+        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
+        seed = named_seed(self.seed, f"rank {rank()} draw {self._draws}")
+        self._draws += 1
+        with torch.random.fork_rng(devices):
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            return self._sampled_loss(batch)
+
+    def forward(self) -> Iterator[object]:
+        """Yield each batch after its loss was computed, in eval mode and without gradients: for criteria with hooks.
+
+        Raises:
+            ValueError: If there is no batch.
+        """
+        with _ready_for_gradients(self.model, []):
+            seen = 0
+            for batch in self.batches:
+                with torch.no_grad():
+                    self._maybe_loss(batch)
+                seen += 1
+                yield batch
+            if not seen:
+                raise ValueError("This criterion needs training batches, and the training data gave none.")
+
+    def gradients(self, params: Mapping[str, Tensor], loss: Loss | None = None) -> Iterator[dict[str, Tensor]]:
         """Yield, batch by batch, the gradient of the mean loss over ``params``; zeros where the loss does not reach.
 
         The model is in eval mode meanwhile; ``.grad``, ``requires_grad`` and every module's mode are as before after it.
         Of sharded parameters the gradients are of the mean loss over the ranks, and sharded too.
+
+        Args:
+            params: Name to parameter.
+            loss: Another loss than the training's, for example :meth:`sampled_loss`.
         """
         tensors = list(params.values())
+        for value in self._losses(tensors, loss or self._maybe_loss):
+            yield _named(params, self._gradients_of(value, tensors))
+
+    def hessian_products(
+        self, params: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield, batch by batch, the product of the loss's Hessian over ``params`` with ``vectors``; as :meth:`gradients`.
+
+        Args:
+            params: Name to parameter, not sharded.
+            vectors: Name to tensor of the parameter's shape.
+        """
+        tensors = list(params.values())
+        for value in self._losses(tensors, self._maybe_loss):
+            with torch.enable_grad():
+                found = torch.autograd.grad(value, tensors, allow_unused=True, create_graph=True)
+                pairs = zip(found, vectors.values(), strict=True)
+                terms = [(g * v).sum() for g, v in pairs if g is not None and g.requires_grad]
+            none = [None] * len(tensors)  # a loss that is linear in every tensor
+            yield _named(params, torch.autograd.grad(terms, tensors, allow_unused=True) if terms else none)
+
+    def _losses(self, tensors: list[Tensor], loss_of: Loss) -> Iterator[Tensor]:
         with _ready_for_gradients(self.model, tensors):
             seen = 0
             for batch in self.batches:
                 with torch.enable_grad():
-                    loss = self._maybe_loss(batch)
-                    if loss is None:
-                        continue
-                    found = self._gradients_of(loss, tensors)
-                seen += 1
-                yield {
-                    name: torch.zeros_like(p) if g is None else g.detach()
-                    for (name, p), g in zip(params.items(), found, strict=True)
-                }
+                    value = loss_of(batch)
+                if value is not None:
+                    seen += 1
+                    yield value
             if not seen:
                 raise ValueError("This criterion needs training batches with a loss, and the training data gave none.")
 
@@ -102,6 +171,11 @@ class Context:
         for parameter, grad in zip(parameters, kept, strict=True):
             parameter.grad = grad
         return found
+
+
+def _named(params: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    pairs = zip(params.items(), found, strict=True)
+    return {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in pairs}
 
 
 @contextmanager

@@ -77,15 +77,28 @@ def _imported(path: str) -> Criterion:
 
 
 def name_of(score: str | Criterion) -> str:
-    """Return the name a criterion is registered under, or that of its function or class."""
+    """Return the name a criterion is registered under, or that of its function or class; of a partial with its arguments.
+
+    Example:
+        >>> name_of(partial(get("spectral"), rank=16))
+        'spectral(rank=16)'
+    """
     if isinstance(score, str):
         return score
-    return next((name for name, function in CRITERIA.items() if function is score), _defined(score)[1])
+    registered = next((name for name, function in CRITERIA.items() if function is score), None)
+    if registered is None and isinstance(score, partial):
+        given = [*map(repr, score.args), *(f"{name}={value!r}" for name, value in score.keywords.items())]
+        return f"{name_of(score.func)}({', '.join(given)})"
+    return registered or _defined(score)[1]
 
 
 def may_need_reference(score: str | Criterion) -> bool:
-    """Whether a criterion may ask for the weights from the start of training, so that they must be kept: a user's own."""
-    return not _defined(get(score))[0].startswith(f"{__package__}.")
+    """Whether a criterion may ask for the weights from the start of training, so that they must be kept.
+
+    Of those of this package, the ones in ``training`` do; a user's own may.
+    """
+    module = _defined(get(score))[0]
+    return not module.startswith(f"{__package__}.") or module == f"{__package__}.training"
 
 
 def _defined(score: Criterion) -> tuple[str, str]:

@@ -1,0 +1,173 @@
+"""Criteria from the activations of linear and convolution layers, on training batches in eval mode without gradients.
+
+What a hook sums over a layer's inputs or outputs is one float32 number a channel, so no activation is kept. Sums are
+averaged over ranks before anything that is not linear is made of them.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mask.core.criteria.context import Context
+from lightning_mask.core.criteria.registry import Scores, criterion
+from lightning_mask.core.distributed import mean_over_ranks
+from lightning_mask.core.patterns import aliases
+from lightning_mask.core.sharding import shard
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@criterion("wanda")
+def wanda(params: Mapping[str, Tensor], context: Context) -> Scores:
+    """``|w_ij| * ||x_j||``: magnitude times the norm of the input that the weight meets, over all tokens of all batches.
+
+    Of a convolution, ``x_j`` is what an entry of the kernel meets at all positions. The squared norm is the mean over ranks
+    of each rank's sum. For weights of Linear, Conv1d to Conv3d and transformers' Conv1D; the paper ranks within each output
+    unit, which is allocation=row.
+
+    Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda, 2023), equation (1).
+
+    Raises:
+        ValueError: If a tensor in scope is no weight of such a layer, or its layer was not run.
+    """
+    layers = {name: _layers(name, context.model, ("weight",), "wanda") for name in params}
+    shapes = {layer: _met(layer) for every in layers.values() for layer in every}
+    sums = _observe(_squared_inputs, shapes, layers, context)
+    scores = {}
+    for name, p in params.items():
+        norm = sums[name][0].sqrt()
+        if _turned(layers[name][0]):
+            norm = norm.T
+        elif p.dim() > 2:
+            norm = norm.repeat_interleave(p.shape[0] // len(norm), dim=0)  # one to each group of output channels
+        scores[name] = p.detach().float().abs() * shard(norm.expand(p.shape), p)
+    return scores
+
+
+@criterion("activation")
+def activation(params: Mapping[str, Tensor], context: Context) -> Scores:
+    """``mean of |y_i|`` over all tokens or positions of all batches, given to every entry of output unit i.
+
+    The output is that of the layer, before what follows it. For weights and biases of Linear, Conv1d to Conv3d and
+    transformers' Conv1D, and for structure=row or head: all entries of a row are equal.
+
+    Source: Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference" (2017), the mean
+    activation of section 2.2; Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation"
+    (2024) for heads and neurons.
+
+    Raises:
+        ValueError: If a tensor in scope is not of such a layer, or its layer was not run.
+    """
+    layers = {name: _layers(name, context.model, ("weight", "bias"), "activation") for name in params}
+    shapes = {layer: (_outputs(layer),) for every in layers.values() for layer in every}
+    sums = _observe(_absolute_outputs, shapes, layers, context)
+    scores = {}
+    for name, p in params.items():
+        total, count = sums[name]
+        dim = 1 if p.dim() > 1 and _turned(layers[name][0]) else 0
+        mean = (total / count).view([-1 if d == dim else 1 for d in range(p.dim())])
+        scores[name] = shard(mean.expand(p.shape), p)
+    return scores
+
+
+def _turned(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D"  # transformers' Linear with a weight of shape (in, out)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _outputs(layer: nn.Module) -> int:
+    return int(_weight(layer).shape[1 if _turned(layer) else 0])
+
+
+def _met(layer: nn.Module) -> tuple[int, ...]:
+    """Shape of what the weights of one output unit of each group meet: (groups, inputs of a group, kernel)."""
+    shape = tuple(_weight(layer).shape)
+    groups = layer.groups if isinstance(layer, _CONVOLUTIONS) else 1
+    return (groups, shape[0]) if _turned(layer) else (groups, *shape[1:])
+
+
+def _layers(name: str, model: nn.Module, kinds: tuple[str, ...], asked: str) -> list[nn.Module]:
+    """The linear or convolution layers that ``name`` is a parameter of, under all names that it answers to.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[nn.Module, None] = {}
+    for each in aliases(model).get(name, ()):
+        path, _, kind = each.rpartition(".")
+        layer = modules[path]
+        if kind in kinds and (isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or _turned(layer)):
+            found[layer] = None
+    if not found:
+        raise ValueError(
+            f"{asked} scores the {' or '.join(kinds)} of linear and convolution layers, and {name} is none; name such "
+            f"tensors in scope, for example scope=['type:Linear', '!*.bias'], or take it away with '!{name}'."
+        )
+    return list(found)
+
+
+def _observe(
+    observe: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    shapes: Mapping[nn.Module, tuple[int, ...]],
+    layers: Mapping[str, list[nn.Module]],
+    context: Context,
+) -> dict[str, tuple[Tensor, float]]:
+    """Run the batches through the model and sum what ``observe`` makes of each layer's input and output.
+
+    Returns:
+        For each name the sum over its layers, float32 of the shape given for them, and the number of positions that it is
+        over; both are means over ranks.
+
+    Raises:
+        ValueError: If no layer of a name was run on any rank.
+    """
+    sums = {layer: torch.zeros(shape, device=_weight(layer).device) for layer, shape in shapes.items()}
+    counts = dict.fromkeys(shapes, 0)
+
+    def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x = next(iter((*args, *kwargs.values())))
+        sums[layer] += observe(layer, x.detach(), output.detach())
+        counts[layer] += output.numel() // _outputs(layer)
+
+    with ExitStack() as hooks:
+        for layer in shapes:
+            hooks.callback(layer.register_forward_hook(add, with_kwargs=True).remove)
+        for _ in context.forward():
+            pass
+    seen = torch.tensor(list(counts.values()), dtype=torch.float64, device=next(iter(sums.values())).device)
+    counted = dict(zip(shapes, mean_over_ranks(seen).tolist(), strict=True))
+    for name, every in layers.items():
+        if not any(counted[layer] for layer in every):
+            raise ValueError(
+                f"The layer of {name} was not run on the batches (a fused kernel may read its weight without calling it), so "
+                f"there is nothing to score it by; take it away with '!{name}' in scope."
+            )
+    means = {layer: mean_over_ranks(value) for layer, value in sums.items()}
+    return {
+        name: (torch.stack([means[layer] for layer in every]).sum(0), sum(counted[layer] for layer in every))
+        for name, every in layers.items()
+    }
+
+
+def _squared_inputs(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    square = x.float().square()
+    if not isinstance(layer, _CONVOLUTIONS):
+        return square.reshape(-1, square.shape[-1]).sum(0, keepdim=True)
+    # What an entry of a kernel meets, summed over positions, is the derivative of the sum of the outputs by it.
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        kernel = torch.zeros(_met(layer), device=x.device, requires_grad=True)
+        return torch.autograd.grad(layer._conv_forward(square, kernel, None).sum(), kernel)[0]
+
+
+def _absolute_outputs(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    channels = -(_weight(layer).dim() - 1) if isinstance(layer, _CONVOLUTIONS) else -1
+    return y.float().abs().movedim(channels, -1).reshape(-1, _outputs(layer)).sum(0)
