@@ -396,14 +396,13 @@ def check_n_of_m(name: str, shape: tuple[int, ...], m: int, transposed: bool = F
         )
 
 
-def _best(units: Sequence[Tensor], sizes: Sequence[int | Tensor], keep: int) -> list[Tensor]:
+def _best(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tensor]:
     """Masks of the best units whose entries together come nearest to ``keep``."""
-    first, total = sizes[0], sum(u.numel() for u in units)
-    if isinstance(first, int) and all(isinstance(size, int) and size == first for size in sizes):
-        count = max((2 * keep + first - 1) // (2 * first), min(keep, 1))  # the fewer of two that come as near
-        return top_k(units, min(count, total))
+    if len(set(sizes)) == 1:
+        count = (2 * keep + sizes[0] - 1) // (2 * sizes[0])  # the fewer of two that come as near
+        return top_k(units, min(max(count, min(keep, 1)), sum(u.numel() for u in units)))
     scores = torch.cat([u.reshape(-1).float().cpu() for u in units])
-    widths = torch.cat([torch.as_tensor(s).expand(u.numel()) for u, s in zip(units, sizes, strict=True)])
+    widths = torch.cat([torch.full((u.numel(),), s) for u, s in zip(units, sizes, strict=True)])
     order = torch.argsort(scores, descending=True, stable=True)
     taken = torch.cat([torch.zeros(1, dtype=torch.int64), widths[order].cumsum(0)])
     count = int((taken - keep).abs().argmin())
@@ -412,10 +411,10 @@ def _best(units: Sequence[Tensor], sizes: Sequence[int | Tensor], keep: int) -> 
     return [m.to(u.device) for m, u in zip(mask.split([u.numel() for u in units]), units, strict=True)]
 
 
-def _best_of_each_row(units: Sequence[Tensor], sizes: Sequence[int | Tensor], keep: int) -> list[Tensor]:
+def _best_of_each_row(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tensor]:
     """Mask of the best entries of each row of one tensor, ``keep`` in all."""
     (score,) = units
-    lines = score.detach().reshape(allocation.row_count(tuple(score.shape)), -1)
+    lines = whole(score).detach().reshape(allocation.row_count(tuple(score.shape)), -1)
     each, more = allocation.of_each_row(keep, len(lines))
     return [torch.cat([_best_of_lines(lines[:more], each + 1), _best_of_lines(lines[more:], each)])]
 

@@ -8,13 +8,14 @@ choice of dimensions, so no index as large as a tensor is ever made.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mask.core.patterns import repeated_blocks
+from lightning_mask.core.sharding import is_sharded, shard, whole
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -27,12 +28,10 @@ class Tiles:
     Attributes:
         view: The shape that the tensor is seen in; a reshape of its own.
         dims: Ascending dimensions of ``view`` that count the tiles, in order; the others lie within a tile.
-        first: Number of the first tile; the next ones count on from there.
     """
 
     view: Shape
     dims: Shape
-    first: int = 0
 
     @property
     def count(self) -> int:
@@ -50,32 +49,32 @@ class Tiles:
 
 
 Group = dict[str, Tiles]
-"""Tensors whose tiles are numbered together: tiles of the same number, one to each tensor at most, are one unit."""
+"""Tensors with equally many tiles: those of the same number are one unit."""
 
 
-def unit_scores(scores: Mapping[str, Tensor], group: Group) -> tuple[Tensor, int | Tensor]:
-    """Return the mean score of each unit of a group, and how many entries each has (one number where all are equal).
+def unit_scores(scores: Mapping[str, Tensor], group: Group) -> tuple[Tensor, int]:
+    """Return the mean score of each unit of a group, and how many entries each of them has.
 
     Args:
         scores: Name to real scores of the parameter's shape; those of the group are read.
         group: As :func:`layout` gives it; no tensor of it is empty.
 
     Returns:
-        Real scores of any shape, unit by unit in order; for single entries the scores themselves, not a copy of them.
+        Real scores of any shape, unit by unit in order; for single entries the scores themselves, not a copy of them. Of
+        sharded tensors the scores of larger units are whole, one tensor at a time, and equal on all ranks.
     """
     if len(group) == 1:
         ((name, tiles),) = group.items()
-        seen = scores[name].reshape(tiles.view)
-        return (seen.mean(tiles.within(), dtype=torch.float32) if tiles.within() else seen), tiles.size
-    count = max(tiles.first + tiles.count for tiles in group.values())
-    total, sizes = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
+        if not tiles.within():
+            return scores[name], tiles.size
+        return whole(scores[name]).reshape(tiles.view).mean(tiles.within(), dtype=torch.float32), tiles.size
+    total, size = torch.zeros(next(iter(group.values())).count, dtype=torch.float64), 0
     for name, tiles in group.items():
-        seen, mine = scores[name].reshape(tiles.view), slice(tiles.first, tiles.first + tiles.count)
+        seen = scores[name].reshape(tiles.view)
         summed = seen.sum(tiles.within(), dtype=torch.float32) if tiles.within() else seen
-        total[mine] += summed.reshape(-1).cpu().double()
-        sizes[mine] += tiles.size
-    equal = bool((sizes == sizes[0]).all())
-    return (total / sizes).float(), int(sizes[0]) if equal else sizes
+        total += summed.reshape(-1).cpu().double()
+        size += tiles.size
+    return (total / size).float(), size
 
 
 def spread(units: Tensor, group: Group, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,10 +87,14 @@ def spread(units: Tensor, group: Group, scores: Mapping[str, Tensor]) -> dict[st
     """
     masks = {}
     for name, tiles in group.items():
-        mine = units.reshape(-1)[tiles.first : tiles.first + tiles.count].to(scores[name].device)
+        if is_sharded(units):  # single entries
+            masks[name] = units
+            continue
+        mine = units.reshape(-1).to(scores[name].device)
         seen = mine.view([n if d in tiles.dims else 1 for d, n in enumerate(tiles.view)]).expand(tiles.view)
         shape = scores[name].shape
-        masks[name] = seen.reshape(shape).contiguous() if tiles.dims else mine.view([1] * len(shape)).expand(shape)
+        mask = seen.reshape(shape).contiguous() if tiles.dims else mine.view([1] * len(shape)).expand(shape)
+        masks[name] = shard(mask, scores[name])
     return masks
 
 
@@ -138,14 +141,14 @@ def _layers(shapes: Shapes, model: nn.Module | None) -> list[Group]:
 
 
 def _head_groups(shapes: Shapes, model: nn.Module | None) -> list[Group]:
-    """One group for each attention layer, of those of its tensors that are in scope."""
-    layers = heads(_required(model, "head"))
-    known = [name for layer in layers for name in layer]
+    """The groups of :func:`heads`, of those of their tensors that are in scope."""
+    every = heads(_required(model, "head"))
+    known = [name for group in every for name in group]
     odd = next((name for name in shapes if name not in set(known)), None)
     if odd is not None:
         _refuse_headless(odd, known)
-    groups = [{name: tiles for name, tiles in layer.items() if name in shapes} for layer in layers]
-    return [_from_zero(group) for group in groups if group]
+    groups = [{name: tiles for name, tiles in group.items() if name in shapes} for group in every]
+    return [group for group in groups if group]
 
 
 def _refuse_headless(name: str, known: list[str]) -> NoReturn:
@@ -160,11 +163,6 @@ def _refuse_headless(name: str, known: list[str]) -> NoReturn:
         f"structure='head': {name} has no attention heads; leave scope out, or name in it only what has: "
         f"{', '.join(patterns[:8])}."
     )
-
-
-def _from_zero(group: Group) -> Group:
-    first = min(tiles.first for tiles in group.values())
-    return {name: replace(tiles, first=tiles.first - first) for name, tiles in group.items()}
 
 
 def _required(model: nn.Module | None, structure: str) -> nn.Module:
@@ -183,17 +181,17 @@ _SEPARATE = (
 )
 _FUSED = (("c_attn", "c_proj"), ("qkv", "proj"))  # GPT-2; timm
 
-_Part = tuple[Tensor | None, int, Shape, int, int]
-"""A tensor, its dimension to split, into which sizes, which of them counts the heads, and the first unit's number."""
+_Part = tuple[Tensor | None, int, Shape, int]
+"""A tensor, its dimension to split, into which sizes, and which of them counts the heads."""
 
 
 def heads(model: nn.Module) -> list[Group]:
-    """Return one group of tensors for each attention layer of ``model``, whose units are its heads.
+    """Return the tensors of each attention layer of ``model`` as a group whose units are its heads.
 
     A head is the rows of the query, key and value projections that make it (with their biases' entries) and the columns of
     the output projection that read it; the output's bias belongs to no head. Where several query heads share a key and
-    value head (grouped queries), a query head is its query rows and output columns, and each key and value head is a unit
-    of its own, numbered after the query heads: it serves all of its group, so none of them can claim it.
+    value head (grouped queries), the layer is two groups: a query head is its query rows and output columns, and each key
+    and value head is a unit of its own: it serves all of its queries, so none of them can claim it.
 
     Layers are ``torch.nn.MultiheadAttention``, and modules with projections named as in BERT, Llama, OPT, DistilBERT, T5,
     GPT-2 or timm's vision transformers. The number of heads is the layer's own (``num_heads``, ``num_attention_heads``), or
@@ -203,27 +201,30 @@ def heads(model: nn.Module) -> list[Group]:
     names = {id(p): name for name, p in model.named_parameters()}
     modules = dict(model.named_modules())
     groups: list[Group] = []
-    taken: set[str] = set()
     for path, module in modules.items():
-        group: Group = {}
-        for tensor, dim, sizes, counts, first in _attention(path, module, modules):
-            name = names.get(id(tensor))
-            if name is None or name in taken or tensor is None:
-                continue
-            shape = tuple(tensor.shape)
-            if shape[dim] != math.prod(sizes):
-                group = {}
-                break
-            view = (*shape[:dim], *sizes, *shape[dim + 1 :])
-            group[name] = Tiles(view, (dim + counts,), first)
-        taken |= group.keys()
-        groups += [group] if group else []
+        for parts in _attention(path, module, modules):
+            group: Group = {}
+            for tensor, dim, sizes, counts in parts:
+                name = names.pop(id(tensor), None)  # of a tensor that several layers share, the first is told
+                if name is not None and tensor is not None:
+                    shape = tuple(tensor.shape)
+                    group[name] = Tiles((*shape[:dim], *sizes, *shape[dim + 1 :]), (dim + counts,))
+            groups += [group] if group else []
     return groups
 
 
-def _attention(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Part]:
-    """The parts of an attention layer; none of another module."""
+def _attention(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[list[_Part]]:
+    """The parts of each group of an attention layer; none of another module, or if a shape is not that of the heads."""
+    found = [
+        [part for part in parts if part[0] is not None] for parts in _parts_by_name(path, module, modules) if parts
+    ]
+    fit = all(
+        tensor is not None and tensor.shape[dim] == math.prod(sizes) for p in found for tensor, dim, sizes, _ in p
+    )
+    return found if fit else []
 
+
+def _parts_by_name(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[list[_Part]]:
     def below(name: str) -> nn.Module | None:
         return modules.get(f"{path}.{name}" if path else name)
 
@@ -232,28 +233,27 @@ def _attention(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -
         rows = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         fused = (module.in_proj_weight, module.in_proj_bias)
         return [
-            *((tensor, 0, (3, *each), 1, 0) for tensor in fused),
-            *((tensor, 0, each, 0, 0) for tensor in rows),
-            *((tensor, 2, each, 0, 0) for tensor in (module.bias_k, module.bias_v)),
-            (module.out_proj.weight, 1, each, 0, 0),
+            [
+                *((tensor, 0, (3, *each), 1) for tensor in fused),
+                *((tensor, 0, each, 0) for tensor in rows),
+                *((tensor, 2, each, 0) for tensor in (module.bias_k, module.bias_v)),
+                (module.out_proj.weight, 1, each, 0),
+            ]
         ]
     for names in _SEPARATE:
         q, k, v, o = (below(name) for name in names)
         if q is not None and k is not None and v is not None and o is not None:
             inner = names[0].rpartition(".")[0]
             count, shared, width = _numbers(path, [below(inner)] if inner else [], modules, _outputs(q))
-            first = 0 if shared == count else count
-            return [
-                *_makes(q, (count, width), 0, 0),
-                *(part for layer in (k, v) for part in _makes(layer, (shared, width), 0, first)),
-                _reads(o, (count, width)),
-            ]
+            queries, reads = _makes(q, (count, width), 0), [_reads(o, (count, width))]
+            pairs = [*_makes(k, (shared, width), 0), *_makes(v, (shared, width), 0)]
+            return [[*queries, *pairs, *reads]] if shared == count else [[*queries, *reads], pairs]
     for together, output in _FUSED:
         qkv, o = below(together), below(output)
         if qkv is not None and o is not None:
             count, shared, width = _numbers(path, [], modules, _outputs(qkv) // 3)
             if shared == count:
-                return [*_makes(qkv, (3, count, width), 1, 0), _reads(o, (count, width))]
+                return [[*_makes(qkv, (3, count, width), 1), _reads(o, (count, width))]]
     return []
 
 
@@ -282,15 +282,15 @@ def _outputs(layer: nn.Module) -> int:
     return 0 if weight is None or weight.dim() < 2 else int(weight.shape[1 if _transposed(layer) else 0])
 
 
-def _makes(layer: nn.Module, sizes: Shape, counts: int, first: int) -> list[_Part]:
+def _makes(layer: nn.Module, sizes: Shape, counts: int) -> list[_Part]:
     """The parts of a projection whose outputs are those of heads."""
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    return [(weight, 1 if _transposed(layer) else 0, sizes, counts, first), (bias, 0, sizes, counts, first)]
+    return [(weight, 1 if _transposed(layer) else 0, sizes, counts), (bias, 0, sizes, counts)]
 
 
 def _reads(layer: nn.Module, sizes: Shape) -> _Part:
     """The part of a projection whose inputs are heads."""
-    return (getattr(layer, "weight", None), 0 if _transposed(layer) else 1, sizes, 0, 0)
+    return (getattr(layer, "weight", None), 0 if _transposed(layer) else 1, sizes, 0)
 
 
 Structure = Callable[[Shapes, nn.Module | None], list[Group]]

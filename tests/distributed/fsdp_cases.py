@@ -1,0 +1,390 @@
+"""Script: little trainings of a model that ``fully_shard`` deals out over two processes.
+
+``python fsdp_cases.py FOLDER`` forks two ranks that do everything; each writes ``rank<r>.json``: case -> what it saw. What
+one process trains alone is trained first.
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from forks import run_ranks
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from little import Data, Little, differences, trainer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask.callbacks.report import RunReport
+from lightning_mask.core import MaskEngine
+
+STEPS = 12
+PLANS: dict[str, Callable[[], list[Any]]] = {
+    "phases": lambda: [
+        PhaseUnfreeze(
+            [Phase("3 steps", train="head"), Phase("6 steps", train=["head", "blocks.1"]), Phase(lr_scale=0.5)]
+        )
+    ],
+    "magnitude": lambda: [FreezeMask("head", score="magnitude", density=0.3)],
+    "random, drawn anew": lambda: [FreezeMask("head", score="random", density=0.1, refresh="4 steps")],
+    "fisher": lambda: [FreezeMask("head", score="fisher", density=0.3, batches=2)],
+    "one entry": lambda: [FreezeMask(score="magnitude", density=1)],
+    "uniform rows": lambda: [FreezeMask(score="magnitude", density=0.3, structure="row", allocation="uniform")],
+    "columns": lambda: [FreezeMask(score="magnitude", density=0.3, structure="column", scope="blocks.*.lin.weight")],
+    "tensors": lambda: [FreezeMask(score="magnitude", density=0.3, structure="tensor")],
+    "ramp": lambda: [
+        PruneMask(0.6, scope="blocks.*.lin.weight", start="1 steps", end="9 steps", every="2 steps"),
+        PhaseUnfreeze([Phase("10 steps", train=["head", "blocks"]), Phase(train="head")]),
+    ],
+    "2:4": lambda: [PruneMask("2:4", scope="blocks.*.lin.weight", schedule="constant", start="2 steps")],
+    "set": lambda: [PruneMask(0.6, scope="blocks.*.lin.weight", regrow="random", every="2 steps", end="12 steps")],
+    "rig": lambda: [PruneMask(0.6, scope="blocks.*.lin.weight", regrow="gradient", every="2 steps", end="12 steps")],
+    "rewind": lambda: [
+        PruneMask(0.7, scope="blocks.1.lin.weight", rewind="2 steps", start="2 steps", end="8 steps", every="3 steps")
+    ],
+    "all together": lambda: [
+        FreezeMask(["head", "blocks.1"], score="gradient", density=0.3, scope=["stem", "blocks.0"], batches=2),
+        PruneMask(0.5, scope="blocks.1.lin.weight", start="2 steps", end="8 steps", every="2 steps"),
+        PhaseUnfreeze(
+            [Phase("5 steps"), Phase("9 steps", train="blocks.1", score="magnitude", density=60), Phase(train="blocks")]
+        ),
+    ],
+}
+SAME_AS_DDP = ["phases", "magnitude", "random, drawn anew", "one entry", "uniform rows", "columns", "tensors", "2:4"]
+
+
+class Dealt(Little):
+    """The little network with rows that two ranks cannot share equally, and a vector of one entry.
+
+    Args:
+        shards: Whether it is dealt out; the same network otherwise.
+    """
+
+    def __init__(self, shards: bool = True, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.shards = shards
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.head = nn.Linear(12, 3)
+            self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+    def configure_model(self) -> None:
+        if self.shards and not isinstance(self.scale, DTensor):
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (*self.blocks, self.head):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self, mesh=mesh)
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    """Linear in the gradient, so that a rounding difference stays one."""
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def two_groups(params: Any) -> torch.optim.Optimizer:
+    """Matrices decay and vectors do not, so the optimizer's order is not the model's."""
+    params = list(params)
+    groups = [
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.dim() > 1]},
+    ]
+    return torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1)
+
+
+def train(
+    callbacks: list[Any], net: Dealt, ckpt: Any = None, folder: bool = False, ranks: int = 2, **arguments: Any
+) -> Any:
+    strategy: Any = "ddp" if ranks > 1 else "auto"
+    if net.shards:
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=folder)
+    run = trainer(*callbacks, ranks=ranks, strategy=strategy, **{"max_steps": STEPS, **arguments})
+    run.fit(net, datamodule=Data(), ckpt_path=ckpt, weights_only=True)
+    return run
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in module.named_parameters()
+    }
+
+
+def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[n] - b[n]).abs().max()) for n in a)
+
+
+class Watch(Callback):
+    """What each rank holds when a step begins."""
+
+    def __init__(self) -> None:
+        self.grads: list[int] = []
+        self.states: list[int] = []
+        self.hashes: list[str] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        callback = next(c for c in trainer.callbacks if getattr(c, "_session", None) is not None)
+        engine = callback._session.engine
+        self.hashes.append(engine.masks.hash())
+        self.grads.append(sum(local(p.grad).numel() for p in pl_module.parameters() if p.grad is not None))
+        state = trainer.optimizers[0].state.values()
+        self.states.append(sum(local(v).numel() for s in state for v in s.values() if torch.is_tensor(v) and v.dim()))
+
+
+def local(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def plan(name: str, **arguments: Any) -> dict[str, Any]:
+    """The same plan held compact and dense, and by DDP; what was held, and how the masks lie."""
+    seen: dict[str, Any] = {}
+    for engine in ("auto", "dense"):
+        callbacks, net, watch = PLANS[name](), Dealt(make=two_groups), Watch()
+        for callback in callbacks:
+            callback.engine = engine
+        report = RunReport()
+        train([*callbacks, watch, report], net, **arguments)
+        seen[engine] = whole(net), watch, callbacks, report.results()
+    ours, watch, callbacks, facts = seen["auto"]
+    replica, by_ddp = Dealt(shards=False, make=sgd), Dealt(make=sgd)
+    of_ddp = PLANS[name]()
+    train(of_ddp, replica, **arguments)
+    mine = PLANS[name]()
+    train(mine, by_ddp, **arguments)
+    masks = callbacks[0].masks
+    parts = [(m, net.get_parameter(n)) for n, m in masks.items()]
+    return {
+        "equal": [n for n in ours if not torch.equal(ours[n], seen["dense"][0][n])],
+        "same masks": watch.hashes == seen["dense"][1].hashes,
+        "changed": facts["held_changed"],
+        "checked": facts["held_checked"],
+        "as ddp": far(whole(by_ddp), whole(replica)),
+        "masks as ddp": [c.masks.hash() for c in mine] == [c.masks.hash() for c in of_ddp],
+        "zeros": [int((block["lin.weight"] == 0).sum()) for block in blocks(ours)],
+        "laid out": all(isinstance(m, DTensor) and local(m).shape == local(p).shape for m, p in parts),
+        "states": [watch.states[-1], seen["dense"][1].states[-1]],
+        "counts": [c.masks.count() for c in callbacks],
+    }
+
+
+def blocks(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [
+        {n.removeprefix(f"blocks.{i}."): w for n, w in weights.items() if n.startswith(f"blocks.{i}.")} for i in (0, 1)
+    ]
+
+
+class Save(Callback):
+    def __init__(self, folder: Path, steps: list[int]) -> None:
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def state(run: Any, net: nn.Module, callbacks: list[Any]) -> dict[str, Any]:
+    """Weights, optimizer state by name, masks and history; this rank's parts as they are."""
+    names = {id(p): n for n, p in net.named_parameters()}
+    kept = run.optimizers[0].state
+    return {
+        "model": whole(net),
+        "optimizer": {
+            names[id(p)]: {k: local(v).clone() if torch.is_tensor(v) else v for k, v in values.items()}
+            for p, values in kept.items()
+        },
+        "masks": [c.masks.hash() for c in callbacks],
+        "history": [getattr(c, "history", None) for c in callbacks],
+    }
+
+
+def resume(name: str, folder: Path, shards: bool) -> dict[str, Any]:
+    """Checkpoints of one run, resumed from at each step; into a folder, or into one file."""
+    steps, found = [3, 6, 10], {}
+    callbacks, net = PLANS[name](), Dealt(make=two_groups)
+    run = train([*callbacks, Save(folder, steps)], net, folder=shards)
+    reference = state(run, net, callbacks)
+    for step in steps:
+        again, other = PLANS[name](), Dealt(make=two_groups)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.fill_(7.0)
+        run = train(again, other, ckpt=folder / f"{step}.ckpt", folder=shards)
+        found[str(step)] = differences(reference, state(run, other, again))
+    return found
+
+
+def across(name: str, folder: Path) -> dict[str, Any]:
+    """From DDP or one process to shards and back; the continued runs differ by rounding alone, the masks not at all."""
+    found: dict[str, Any] = {}
+    replica = Dealt(shards=False, make=two_groups)
+    of_ddp = PLANS[name]()
+    train([*of_ddp, Save(folder, [5])], replica)
+    dealt, again = Dealt(make=two_groups), PLANS[name]()
+    train(again, dealt, ckpt=folder / "5.ckpt")
+    found["ddp to shards"] = far(whole(dealt), whole(replica))
+    found["masks"] = [c.masks.hash() for c in again] == [c.masks.hash() for c in of_ddp]
+    one_file = folder / "file"
+    dealt, mine = Dealt(make=two_groups), PLANS[name]()
+    train([*mine, Save(one_file, [5])], dealt)
+    replica, again = Dealt(shards=False, make=two_groups), PLANS[name]()
+    train(again, replica, ckpt=one_file / "5.ckpt")
+    found["shards to ddp"] = far(whole(dealt), whole(replica))
+    dense, again = Dealt(make=two_groups), PLANS[name]()
+    for callback in again:
+        callback.engine = "dense"
+    train(again, dense, ckpt=one_file / "5.ckpt")
+    found["compact to dense"] = far(whole(dense), whole(dealt))
+    keys = torch.load(one_file / "5.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    found["numbers in the file"] = sum(
+        v.numel() for s in keys.values() for v in s.values() if torch.is_tensor(v) and v.dim()
+    )
+    return found
+
+
+def clipped() -> dict[str, Any]:
+    """Clipping by the norm over all ranks' active entries, which is that of DDP."""
+    found = {}
+    for algorithm in ("norm", "value"):
+        nets = [Dealt(make=sgd), Dealt(shards=False, make=sgd)]
+        for net in nets:
+            train(PLANS["magnitude"](), net, gradient_clip_val=0.05, gradient_clip_algorithm=algorithm)
+        found[algorithm] = far(whole(nets[0]), whole(nets[1]))
+    return found
+
+
+def saved_file(folder: Path) -> dict[str, Any]:
+    """The run's mask file, written by ranks that each hold a part."""
+    freeze, report = FreezeMask("head", score="magnitude", density=0.3), RunReport(str(folder))
+    train([freeze, report], Dealt())
+    loaded = MaskSet.load(folder / "masks.safetensors")
+    again = FreezeMask(mask=str(folder / "masks.safetensors"))
+    train([again], Dealt())
+    return {"same": [loaded.hash() == freeze.masks.hash(), again.masks.hash() == freeze.masks.hash()]}
+
+
+def plateau() -> dict[str, Any]:
+    """A phase that a metric ends goes back to its best weights."""
+    scores = [3.0, 1.0, 2.0, 4.0, 1.0, 1.0, 1.0]
+    found = []
+    for shards in (True, False):
+        net = Dealt(shards, make=sgd, score=lambda epoch, rank: scores[epoch])
+        until = {"monitor": "val/score", "patience": 2}
+        phases = PhaseUnfreeze([Phase(until, train=["head", "stem"], restore_best=True), Phase(train="blocks")])
+        train([phases], net, max_steps=24)
+        found.append((whole(net), phases.history))
+    return {
+        "far": far(found[0][0], found[1][0]),
+        "same history": found[0][1] == found[1][1],
+        "phases": len(found[0][1]),
+    }
+
+
+def refused() -> dict[str, str]:
+    """A tensor-parallel layer, and a mask of another shape."""
+    mesh = init_device_mesh("cpu", (2,))
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    parallelize_module(net, mesh, {"0": ColwiseParallel()})
+    net[0].weight = nn.Parameter(net[0].weight.redistribute(placements=[torch.distributed.tensor.Shard(1)]))
+    try:
+        MaskEngine(net, torch.optim.SGD(net.parameters(), lr=0.1), {})
+    except ValueError as error:
+        return {"columns": str(error)}
+    return {}
+
+
+def plain_loop() -> dict[str, Any]:
+    """MaskEngine without Lightning: compact against dense, to the bit, with the optimizers that torch itself can shard."""
+    odd: list[str] = []
+    classes = ["SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"]
+    for name in classes:
+        for kind in ("foreach", "fused") if name in ("Adam", "AdamW") else ("foreach",):
+            ends = [loop(getattr(torch.optim, name), kind, engine) for engine in ("compact", "dense")]
+            odd += [f"{name} {kind} {n}" for n in ends[0] if not torch.equal(ends[0][n], ends[1][n])]
+    return {"odd": odd, "runs": len(classes)}
+
+
+def loop(cls: Any, kind: str, engine: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 13), nn.ReLU(), nn.Linear(13, 3))
+    for layer in net:
+        fully_shard(layer)
+    fully_shard(net)
+    masks = {
+        n: torch.rand(p.shape, generator=torch.Generator().manual_seed(3)) < 0.3 for n, p in net.named_parameters()
+    }
+    optimizer = cls(net.parameters(), lr=0.05, weight_decay=0.1, **{kind: True})
+    holds = MaskEngine(net, optimizer, masks, engine=engine, early=engine == "compact")
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for step in range(5):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        holds.after_backward()
+        nn.utils.clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], 0.5)
+        optimizer.step()
+        if step == 2:
+            holds.update({**masks, "0.weight": ~masks["0.weight"]})
+    holds.release()
+    return {
+        **whole(net),
+        **{
+            f"{i} {k}": local(v)
+            for i, p in enumerate(net.parameters())
+            for k, v in optimizer.state[p].items()
+            if torch.is_tensor(v)
+        },
+    }
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    cases: dict[str, Callable[[], Any]] = {name: lambda n=name: plan(n) for name in PLANS}
+    cases["accumulating"] = lambda: plan("magnitude", accumulate_grad_batches=2)
+    for i, name in enumerate(("phases", "all together", "random, drawn anew", "rewind")):
+        cases |= {
+            f"{name}, {into}": lambda n=name, s=into == "folder", i=i: resume(n, folder / f"{i}{s}", s)
+            for into in ("file", "folder")
+        }
+    cases |= {
+        f"across, {name}": lambda n=name, i=i: across(n, folder / f"across{i}")
+        for i, name in enumerate(("magnitude", "phases"))
+    }
+    cases |= {
+        "clipped": clipped,
+        "saved file": lambda: saved_file(folder / "report"),
+        "plateau": plateau,
+        "refused": refused,
+    }
+    cases["plain loop"] = plain_loop
+    only = os.environ.get("ONLY")
+    results: dict[str, Any] = {}
+    for name, case in cases.items():
+        if only and not any(part in name for part in only.split("|")):
+            continue
+        try:
+            results[name] = case()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+            break  # the other rank may wait for this one
+    (folder / f"rank{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(results))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(max(abs(code) for code in run_ranks(2, main, Path(sys.argv[1]), seconds=200)))
