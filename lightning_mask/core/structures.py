@@ -57,7 +57,7 @@ def unit_scores(scores: Mapping[str, Tensor], group: Group) -> tuple[Tensor, int
 
     Args:
         scores: Name to real scores of the parameter's shape; those of the group are read.
-        group: As :func:`layout` gives it; no tensor of it is empty.
+        group: As a structure gives it; no tensor of it is empty.
 
     Returns:
         Real scores of any shape, unit by unit in order; for single entries the scores themselves, not a copy of them. Of
@@ -70,7 +70,7 @@ def unit_scores(scores: Mapping[str, Tensor], group: Group) -> tuple[Tensor, int
         return whole(scores[name]).reshape(tiles.view).mean(tiles.within(), dtype=torch.float32), tiles.size
     total, size = torch.zeros(next(iter(group.values())).count, dtype=torch.float64), 0
     for name, tiles in group.items():
-        seen = scores[name].reshape(tiles.view)
+        seen = whole(scores[name]).reshape(tiles.view)
         summed = seen.sum(tiles.within(), dtype=torch.float32) if tiles.within() else seen
         total += summed.reshape(-1).cpu().double()
         size += tiles.size
@@ -82,7 +82,7 @@ def spread(units: Tensor, group: Group, scores: Mapping[str, Tensor]) -> dict[st
 
     Args:
         units: Boolean, one for each unit, as many and in the order that :func:`unit_scores` gave.
-        group: As :func:`layout` gives it.
+        group: As a structure gives it.
         scores: Tensors of the shapes and on the devices that the masks shall have.
     """
     masks = {}
@@ -215,9 +215,7 @@ def heads(model: nn.Module) -> list[Group]:
 
 def _attention(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[list[_Part]]:
     """The parts of each group of an attention layer; none of another module, or if a shape is not that of the heads."""
-    found = [
-        [part for part in parts if part[0] is not None] for parts in _parts_by_name(path, module, modules) if parts
-    ]
+    found = [[part for part in parts if part[0] is not None] for parts in _parts_by_name(path, module, modules)]
     fit = all(
         tensor is not None and tensor.shape[dim] == math.prod(sizes) for p in found for tensor, dim, sizes, _ in p
     )
