@@ -1,7 +1,7 @@
 """Training batches and a loss for criteria, taken from a Trainer without disturbing its run."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -108,6 +108,32 @@ def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor 
                 f"{type(module).__name__} optimizes manually, so its training_step cannot be used to score entries; define "
                 "mask_loss(self, batch) that returns the loss, or choose a criterion without data."
             )
+    return _checked(module, loss)
+
+
+def sampled_loss(trainer: Trainer, module: LightningModule) -> Callable[[Any], Tensor | None] | None:
+    """Return ``module.mask_sampled_loss`` in the run's precision; None where the module defines none.
+
+    It maps a batch to the mean loss against labels that it draws, with torch's global random state, from the module's own
+    predictions: what the Fisher information is made of.
+    """
+    own = getattr(module, "mask_sampled_loss", None)
+    if not callable(own):
+        return None
+
+    def loss_of(batch: Any) -> Tensor | None:
+        with trainer.precision_plugin.forward_context():
+            return _checked(module, own(batch))
+
+    return loss_of
+
+
+def _checked(module: LightningModule, loss: Any) -> Tensor | None:
+    """Refuse what is neither a loss nor None.
+
+    Raises:
+        ValueError: Naming what came back.
+    """
     if loss is not None and not isinstance(loss, Tensor):
         raise ValueError(
             f"{type(module).__name__} returned {type(loss).__name__} for a batch; a criterion needs its loss."

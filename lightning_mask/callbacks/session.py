@@ -121,6 +121,7 @@ class Session:
         return Context(
             self.module,
             loss=lambda batch: calibration.batch_loss(self.trainer, self.module, batch),
+            sampled_loss=calibration.sampled_loss(self.trainer, self.module),
             batches=lambda: calibration.training_batches(self.trainer, batches),
             seed=selection_seed,
             reference=self._reference,

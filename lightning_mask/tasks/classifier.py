@@ -62,6 +62,11 @@ class Classifier(Task):
         """Return the mean loss of a batch, without logging: what a criterion that needs gradients is computed from."""
         return cross_entropy(self(batch).float(), batch["labels"])
 
+    def mask_sampled_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch against labels drawn from the network's own predictions."""
+        logits = self(batch).float()
+        return cross_entropy(logits, logits.detach().softmax(1).multinomial(1).squeeze(1))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a training batch."""
         loss = self.mask_loss(batch)
