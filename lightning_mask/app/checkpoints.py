@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_mask.tasks.task import Task
+
 
 class WholeFiles(TorchCheckpointIO):
     """Write a checkpoint under another name in its own folder, then rename it; read it without unpickling.
@@ -63,7 +65,8 @@ def check_checkpoint(path: str | Path, model: LightningModule) -> None:
     if Path(path).is_dir():
         return
     there, here = _read(path, "cpu", mmap=True)["state_dict"], model.state_dict()
-    if not model.strict_loading or any(is_overridden(n, model) for n in ("on_load_checkpoint", "configure_model")):
+    late = is_overridden("configure_model", model) and not isinstance(model, Task)
+    if not model.strict_loading or late or is_overridden("on_load_checkpoint", model):
         return
     differing = next((n for n in [*here, *there] if _shape(there.get(n)) != _shape(here.get(n))), None)
     if differing is not None:

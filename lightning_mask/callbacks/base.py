@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mask.callbacks.session import Session
+from lightning_mask.callbacks.sharded import give_back, take_over
 from lightning_mask.core.engine import Row
 from lightning_mask.core.maskset import MaskSet, active
 from lightning_mask.core.schedules import Run
@@ -88,6 +89,7 @@ class MaskCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the session of this fit."""
         if stage != "fit":
+            take_over(trainer, pl_module, lambda: None)  # of a training run's checkpoint, the weights alone are loaded
             return
         self._restored, self._shared = False, None  # a checkpoint that was only tested is not resumed from
         members = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
@@ -166,6 +168,7 @@ class MaskCallback(Callback):
         """Take every hook away."""
         if self._session is not None and stage == "fit":
             self._session.close()
+        give_back(trainer.strategy)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks, and for the first of the mask callbacks the random states of all ranks."""

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_mask.callbacks import calibration, random_state
 from lightning_mask.callbacks.ddp import make_wire, rebuild_reducer
 from lightning_mask.callbacks.optimizer_names import arrange
-from lightning_mask.callbacks.sharded import STORED, give_back, take_over
+from lightning_mask.callbacks.sharded import STORED, take_over
 from lightning_mask.core import sharding
 from lightning_mask.core.criteria import Context, named_seed
 from lightning_mask.core.distributed import require_equal, require_equal_masks
@@ -347,7 +347,6 @@ class Session:
         """Take away every hook."""
         if self.engine is not None and not self.closed:
             self.engine.release()
-        give_back(self.trainer.strategy)
         self.closed = True
 
     def state(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -44,7 +45,7 @@ def take_over(trainer: Trainer, module: LightningModule, engine: Callable[[], Ma
         module: Its module.
         engine: Called to get what holds the masks; None before it is made.
     """
-    strategy = trainer.strategy
+    strategy, fits = trainer.strategy, trainer.state.fn == TrainerFn.FITTING
     if not isinstance(strategy, ModelParallelStrategy):
         return
     give_back(strategy)
@@ -73,7 +74,8 @@ def take_over(trainer: Trainer, module: LightningModule, engine: Callable[[], Ma
             checkpoint: dict[str, Any] = load(checkpoint_path, weights_only=weights_only)
         finally:
             strategy._optimizers = optimizers
-        _load_states(checkpoint, path, optimizers, module)
+        if fits:
+            _load_states(checkpoint, path, optimizers, module)
         return checkpoint
 
     replacements = (lightning_module_state_dict, optimizer_state, load_checkpoint)

@@ -5,8 +5,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from torchmetrics import Metric
+
+from lightning_mask.core.patterns import repeated_blocks
+from lightning_mask.core.sharding import is_sharded
 
 Batch = dict[str, Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -33,6 +37,15 @@ class Task(LightningModule):
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
         self.metrics = nn.ModuleDict()
+
+    def configure_model(self) -> None:
+        """Deal the parameters out over the ranks, block by block, where ModelParallelStrategy runs; else do nothing."""
+        mesh = getattr(self, "_device_mesh", None)  # Lightning sets it under that strategy
+        if mesh is None or any(is_sharded(p) for p in self.net.parameters()):
+            return
+        for name in repeated_blocks(self.net):
+            fully_shard(self.net.get_submodule(name), mesh=mesh["data_parallel"])
+        fully_shard(self.net, mesh=mesh["data_parallel"])
 
     def _metric(self, name: str) -> Metric:
         metric = self.metrics[name]
