@@ -18,7 +18,17 @@ from lightning_mask.app.train import _callbacks, _trainer
 from tests.app.conftest import CONF, GROUPS
 
 # What a target takes and the application gives, not the yaml.
-GIVEN = {"self", "callbacks", "logger", "params", "num_training_steps", "kwargs", "summarize_kwargs", "theme"}
+GIVEN = {
+    "self",
+    "callbacks",
+    "logger",
+    "params",
+    "context",
+    "num_training_steps",
+    "kwargs",
+    "summarize_kwargs",
+    "theme",
+}
 NEEDS = {"tensorboard": "tensorboard", "many": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 VALUES = {
     "data=csv": ["data.source.path=rows.csv"],
@@ -26,6 +36,9 @@ VALUES = {
     "data=image_folder": ["data.source.path=pictures", "model=resnet", "model.channels=3"],
     "data=mnist5k": ["model=resnet"],
     "model=efficientnet_lite0": ["data=mnist5k"],
+    "data=reviews_lm": ["model=smollm2"],
+    "data=reviews_instruct": ["model=smollm2"],
+    "model=smollm2": ["data=reviews_lm"],
     "model=hf": ["model.model=some/model"],
     "model=resnet": ["data=mnist5k"],
 }
@@ -104,7 +117,7 @@ def test_optimizers_and_schedulers_are_made(config: Callable[..., DictConfig]) -
 
 
 def test_models_and_data_are_made(config: Callable[..., DictConfig]) -> None:
-    for data, model in (("tweets", "minilm"), ("mnist5k", "resnet")):
+    for data, model in (("tweets", "minilm"), ("mnist5k", "resnet"), ("mnist5k", "efficientnet_lite0")):
         cfg = config(f"data={data}", f"model={model}")
         made = instantiate(cfg.model, num_classes=3)
         assert isinstance(made, LightningModule)
