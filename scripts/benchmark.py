@@ -1,12 +1,13 @@
 """Step time, memory and traffic of masked training, as ratios of interleaved runs.
 
-    python scripts/benchmark.py              # everything but the holders, with a table of goals; a quarter of an hour
+    python scripts/benchmark.py              # all but the last two, with a table of goals; a quarter of an hour
     python scripts/benchmark.py step         # a training step in every way
     python scripts/benchmark.py memory       # peak memory of every way, of a ranking, and the size of mask files
     python scripts/benchmark.py phases       # freeze, then unfreeze; and the time of a change of mask
     python scripts/benchmark.py density      # step time and memory against density; draws benchmark.png
     python scripts/benchmark.py ddp          # two processes
-    python scripts/benchmark.py holders      # the ways of holding one tensor, by density
+    python scripts/benchmark.py holders      # the ways of holding one tensor, by density and by size
+    python scripts/benchmark.py profile      # where the time of a step goes
 
 Each run is a ``Trainer.fit`` on the MiniLM checkpoint (22.6 M parameters, batches of 8 x 32 tokens, AdamW fused with
 weight decay, 2 threads or 2 processes of one). The runs live side by side and take turns of a few steps in random order.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import ddp, density, holders, phases, steps
+from benchmark import ddp, density, holders, phases, stages, steps
 from benchmark.memory import quiet
 from benchmark.model import BATCH, DENSITY, THREADS, TOKENS, load
 from benchmark.ways import installed
@@ -39,7 +40,7 @@ OTHERS = {"peft": "SHiRA", "finetuning_scheduler": "finetuning-scheduler", "matp
 def measure(what: str, rounds: int, length: int, output: Path) -> tuple[dict[str, Rows], Rows]:
     """Measure one section; return its tables by name, and its goals with what was measured."""
     if what == "holders":
-        return {"holders": holders.holders(rounds)}, []
+        return {"holders": holders.holders(rounds), "lines": holders.lines(rounds)}, []
     if what == "memory":
         peaks, files, goals = steps.memory()
         return {"memory": peaks, "mask files": files}, goals
@@ -51,6 +52,8 @@ def measure(what: str, rounds: int, length: int, output: Path) -> tuple[dict[str
             steps.goal("two processes at 1 %: step over dense DDP", 0.81, ours["over dense"]),
         ]
     base = load()
+    if what == "profile":
+        return {"profile": stages.profile(base, rounds, length)}, []
     if what == "step":
         rows, goals = steps.step(base, rounds, length)
         return {"step": rows}, goals
@@ -81,6 +84,8 @@ def titles() -> dict[str, str]:
         "ddp": f"A training step of two processes, masks at {DENSITY:.0%} ({batch} each, one thread each)",
         "ddp phases": "Two processes: the last layer and the head first, then everything",
         "holders": "Mask the gradients and restore the weights of MiniLM",
+        "lines": f"A step of a Linear of which one in {holders.SHARE} rows is active ({BATCH * TOKENS} tokens)",
+        "profile": f"Where the time of a step goes, ms ({batch}, {THREADS} threads)",
         "bytes": "Bytes of an active entry, measured (mask: of every entry)",
         "at scale": "On paper: GB of one rank, from the bytes of an entry\n" + formula(),
         "goals": "Goals",
@@ -124,7 +129,7 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", *SECTIONS, "holders"])
+    parser.add_argument("what", nargs="?", default="all", choices=["all", *SECTIONS, "holders", "profile"])
     parser.add_argument("--rounds", type=int, default=20, help="how often each run takes its turn (default: 20)")
     parser.add_argument("--steps", type=int, default=4, help="training steps of one turn; the first is not counted")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="the plot goes beside it, as .png")
