@@ -34,7 +34,7 @@ BREAK_EVEN = 0.5
 
 LINES_FROM = 4096
 """A tensor of fewer entries is held entry by entry also where whole lines are active: there is nothing to save, and a
-matrix product with a very short side is rounded in another way than its part."""
+matrix product with a very short side is rounded in another way than its part (scripts/benchmark.py holders)."""
 
 _LANES = 16
 
