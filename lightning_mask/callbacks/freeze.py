@@ -26,10 +26,20 @@ class FreezeMask(MaskCallback):
             names. What neither ``train`` nor ``scope`` names is held whole. A normalisation module all of whose
             parameters are held uses its stored statistics, which do not move.
         score: Criterion that ranks the entries in ``scope``: a registered name, or a function; adds to ``train``.
-        density: Float in (0, 1], the share of the entries in scope that may change, or int, their number.
-        scope: Patterns; default: every trainable tensor that ``train`` does not name.
-        structure: What is ranked together: ``"entry"``, ``"row"``, ``"tensor"``.
-        allocation: How the budget is shared among tensors: ``"global"``, ``"uniform"``, ``"erk"``.
+        density: Float in (0, 1], the share of the entries in scope that may change, or int, their number. Or a dict of
+            patterns to such values, e.g. ``{"*.attention.*": 0.02, "*.intermediate.*": 0.005}``: each is a budget of its own
+            for the tensors in scope that its pattern names and no earlier one does; what none names is held.
+        scope: Patterns; default: every trainable tensor that ``train`` does not name (with ``structure="head"``: of these,
+            the tensors that have heads).
+        structure: What is chosen as one unit, by the mean score of its entries: ``"entry"``; ``"row"`` (output unit, each
+            entry of a vector); ``"column"`` (input unit); ``"head"`` (the query, key and value rows that make an attention
+            head, with their biases, and the output columns that read it; where several queries share a key and value
+            head, that is a unit of its own); ``"block:RxC"`` (R rows by C inputs; R entries of a vector), e.g.
+            ``"block:4x4"``; ``"tensor"``; ``"layer"`` (all tensors of a repeated block of the model; outside of blocks, of a
+            module).
+        allocation: How a budget is shared among tensors: ``"global"`` (all are ranked against each other), ``"uniform"``
+            (the same share of each), ``"erk"`` (more of small ones), ``"row"`` (the same number of entries of each output
+            unit; of a vector as of one row).
         batches: Number of training batches (per rank) shown to a criterion that needs data.
         seed: Seed of random criteria.
         mask: Path of a mask file or a ``MaskSet``, instead of a criterion.
@@ -52,7 +62,7 @@ class FreezeMask(MaskCallback):
         train: Strings = None,
         *,
         score: str | Callable[..., Any] | None = None,
-        density: float | int | None = None,
+        density: float | int | dict[str, float | int] | None = None,
         scope: Strings = None,
         structure: str = "entry",
         allocation: str = "global",

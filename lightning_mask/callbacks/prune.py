@@ -3,8 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ class PruneMask(MaskCallback):
         score: Criterion, higher = more worth keeping: a registered name, or a function.
         scope: Patterns; default: the weights of Linear and convolution layers and attention projections; not embeddings,
             norms, biases, or the output head.
-        structure: What is pruned together: ``"entry"``, ``"row"``, ``"tensor"``.
-        allocation: How zeros are shared among tensors: ``"global"``, ``"uniform"``, ``"erk"``.
+        structure: What is pruned as one unit: ``"entry"``, ``"row"``, ``"column"``, ``"head"``, ``"block:RxC"``,
+            ``"tensor"``, ``"layer"``, as in ``FreezeMask``.
+        allocation: How zeros are shared among tensors: ``"global"``, ``"uniform"``, ``"erk"``, ``"row"``.
         schedule: Sparsity between ``start`` and ``end``: ``"constant"`` (all at once at ``start``), ``"linear"``,
             ``"cubic"`` (Zhu and Gupta 2017).
         start: Moment of the first update.
@@ -94,14 +95,12 @@ class PruneMask(MaskCallback):
                 raise ValueError("PruneMask: an n:m sparsity chooses entries once; leave structure and regrow out.")
         if isinstance(sparsity, bool) or not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:
             raise ValueError(f"PruneMask: sparsity={sparsity!r} {_SPARSITY}")
-        try:
+        with _named():
             criteria.get(score)
             check_shape(structure, allocation)
             schedules.schedule(schedule)
             check_patterns(plain(scope), "scope")
             check_batches(batches)
-        except ValueError as error:
-            raise ValueError(f"PruneMask: {error}") from None
         self.sparsity, self.score, self.scope = float(sparsity), score, plain(scope)
         self.structure, self.allocation, self.schedule = structure, allocation, schedule
         self.start, self.end, self.every = (
@@ -256,7 +255,9 @@ class PruneMask(MaskCallback):
     def _scope_names(self, session: Session) -> list[str]:
         module = session.module
         if self.scope is None:
-            names = structures.default_scope(self.structure, default_scope(module), module)
+            names = default_scope(module)
+            with _named():
+                names = structures.default_scope(self.structure, names, module)
         else:
             names = resolve(self.scope, module, "PruneMask: scope")
         if not names:
@@ -272,12 +273,9 @@ class PruneMask(MaskCallback):
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
         if self.n_of_m is None:
             shapes = {name: tuple(parameters[name].shape) for name in names if parameters[name].numel()}
-            try:
-                share_out(
-                    shapes, [(names, Budget(self.sparsity, removed=True))], self.structure, self.allocation, module
-                )
-            except ValueError as error:
-                raise ValueError(f"PruneMask: {error}") from None
+            with _named():
+                budgets = [(names, Budget(self.sparsity, removed=True))]
+                share_out(shapes, budgets, self.structure, self.allocation, module)
         return names
 
     def _check_reach(self, session: Session) -> None:
@@ -381,6 +379,15 @@ class PruneMask(MaskCallback):
         """Take over the sparsity reached."""
         self._last, self._updated = state["last"], state["updated"]
         self._rewind_to, self._rewind_due = state["rewind_to"], state["rewind_due"]
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Say in an error whose argument is at fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"PruneMask: {error}") from None
 
 
 _SPARSITY = "must be a share in [0, 1), e.g. 0.9, or a pattern such as '2:4'."

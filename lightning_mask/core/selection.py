@@ -325,12 +325,27 @@ def choose(
     """
     masks = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items() if not score.numel()}
     shapes = {name: tuple(score.shape) for name, score in scores.items() if name not in masks}
-    rank = _best_of_each_row if allocation_name == "row" else _best
     for groups, keep in share_out(shapes, budgets, structure, allocation_name, model):
-        units, sizes = zip(*(structures.unit_scores(scores, group) for group in groups), strict=True)
-        for group, chosen in zip(groups, rank(units, sizes, keep), strict=True):
-            masks |= structures.spread(chosen, group, scores)
+        units = [structures.unit_scores(scores, group) for group in groups]
+        masks |= _kept(groups, units, keep, allocation_name, scores)
     return {name: masks[name] for name in scores}
+
+
+def _kept(
+    groups: Sequence[structures.Group],
+    units: Sequence[Tensor],
+    keep: int,
+    allocation_name: str,
+    like: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Masks of the tensors in ``groups``, of the best units within ``keep`` entries."""
+    if allocation_name == "row":
+        (entries,) = units
+        chosen = [_best_of_each_row(entries, keep)]
+    else:
+        chosen = _best(units, [structures.unit_size(group) for group in groups], keep)
+    found = (structures.spread(mask, group, like) for group, mask in zip(groups, chosen, strict=True))
+    return {name: mask for masks in found for name, mask in masks.items()}
 
 
 def share_out(
@@ -411,12 +426,11 @@ def _best(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tens
     return [m.to(u.device) for m, u in zip(mask.split([u.numel() for u in units]), units, strict=True)]
 
 
-def _best_of_each_row(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tensor]:
+def _best_of_each_row(score: Tensor, keep: int) -> Tensor:
     """Mask of the best entries of each row of one tensor, ``keep`` in all."""
-    (score,) = units
     lines = whole(score).detach().reshape(allocation.row_count(tuple(score.shape)), -1)
     each, more = allocation.of_each_row(keep, len(lines))
-    return [torch.cat([_best_of_lines(lines[:more], each + 1), _best_of_lines(lines[more:], each)])]
+    return torch.cat([_best_of_lines(lines[:more], each + 1), _best_of_lines(lines[more:], each)])
 
 
 def _best_of_lines(lines: Tensor, k: int) -> Tensor:
@@ -435,17 +449,21 @@ _AT_ONCE = 1 << 16
 def draw_random(recipe: Mapping[str, Any], shapes: Shapes, model: nn.Module | None = None) -> dict[str, Tensor]:
     """Return the masks of a random recipe, which depend on its seed and the shapes of the tensors in scope alone.
 
-    A recipe whose structure is read from the model needs ``model`` too.
+    Each unit is as likely as any other, whatever its size. A recipe whose structure is read from the model needs ``model``
+    too.
     """
     parts = recipe.get("budgets", [[list(shapes), recipe["density"]]])
     budgets = [(names, Budget(amount)) for names, amount in parts]
-    if recipe["structure"] != "entry" or recipe["allocation"] == "row":
-        scores = random_scores(shapes, recipe["seed"])
-        return choose(scores, budgets, recipe["structure"], recipe["allocation"], model)
+    seed, structure, allocation_name = recipe["seed"], recipe["structure"], recipe["allocation"]
     masks: dict[str, Tensor] = {}
-    for names, budget in budgets:
-        mine = {name: shapes[name] for name in names}
-        masks |= draw_entries(mine, budget, recipe["allocation"], recipe["seed"])
+    if structure == "entry" and allocation_name != "row":
+        for names, budget in budgets:
+            masks |= draw_entries({name: shapes[name] for name in names}, budget, allocation_name, seed)
+        return {name: masks[name] for name in shapes}
+    like = {name: torch.empty(()).expand(shape) for name, shape in shapes.items()}
+    for groups, keep in share_out(shapes, budgets, structure, allocation_name, model):
+        noise = [next(iter(random_scores({next(iter(g)): structures.unit_shape(g)}, seed).values())) for g in groups]
+        masks |= _kept(groups, noise, keep, allocation_name, like)
     return {name: masks[name] for name in shapes}
 
 

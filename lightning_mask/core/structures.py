@@ -34,11 +34,6 @@ class Tiles:
     dims: Shape
 
     @property
-    def count(self) -> int:
-        """Number of tiles."""
-        return math.prod(self.view[d] for d in self.dims)
-
-    @property
     def size(self) -> int:
         """Entries in one tile."""
         return math.prod(n for d, n in enumerate(self.view) if d not in self.dims)
@@ -52,8 +47,19 @@ Group = dict[str, Tiles]
 """Tensors with equally many tiles: those of the same number are one unit."""
 
 
-def unit_scores(scores: Mapping[str, Tensor], group: Group) -> tuple[Tensor, int]:
-    """Return the mean score of each unit of a group, and how many entries each of them has.
+def unit_size(group: Group) -> int:
+    """Return how many entries each unit of a group has."""
+    return sum(tiles.size for tiles in group.values())
+
+
+def unit_shape(group: Group) -> Shape:
+    """Return the shape in which the units of a group are numbered: of single entries, that of their tensor."""
+    tiles = next(iter(group.values()))
+    return tuple(tiles.view[d] for d in tiles.dims)
+
+
+def unit_scores(scores: Mapping[str, Tensor], group: Group) -> Tensor:
+    """Return the mean score of each unit of a group.
 
     Args:
         scores: Name to real scores of the parameter's shape; those of the group are read.
@@ -66,15 +72,14 @@ def unit_scores(scores: Mapping[str, Tensor], group: Group) -> tuple[Tensor, int
     if len(group) == 1:
         ((name, tiles),) = group.items()
         if not tiles.within():
-            return scores[name], tiles.size
-        return whole(scores[name]).reshape(tiles.view).mean(tiles.within(), dtype=torch.float32), tiles.size
-    total, size = torch.zeros(next(iter(group.values())).count, dtype=torch.float64), 0
+            return scores[name]
+        return whole(scores[name]).reshape(tiles.view).mean(tiles.within(), dtype=torch.float32)
+    total = torch.zeros(math.prod(unit_shape(group)), dtype=torch.float64)
     for name, tiles in group.items():
         seen = whole(scores[name]).reshape(tiles.view)
         summed = seen.sum(tiles.within(), dtype=torch.float32) if tiles.within() else seen
         total += summed.reshape(-1).cpu().double()
-        size += tiles.size
-    return (total / size).float(), size
+    return (total / unit_size(group)).float()
 
 
 def spread(units: Tensor, group: Group, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

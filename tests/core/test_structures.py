@@ -308,7 +308,7 @@ def test_a_head_is_what_reaches_the_output_through_its_columns(kind: str):
     assert sum(len(group) for group in groups) == size
     assert len(groups) == (2 if "grouped" in kind else 1)
     (reader,) = (name for name in groups[0] if name.endswith(output))
-    queries, shared = groups[0][reader].count, next(iter(groups[-1].values())).count
+    (queries,), (shared,) = (structures.unit_shape(groups[i]) for i in (0, -1))
 
     def out(changed: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
@@ -316,13 +316,13 @@ def test_a_head_is_what_reaches_the_output_through_its_columns(kind: str):
         return result if isinstance(result, Tensor) else result[0]
 
     def unit(group: structures.Group, *numbers: int) -> dict[str, Tensor]:
-        chosen = torch.zeros(next(iter(group.values())).count, dtype=torch.bool)
+        chosen = torch.zeros(structures.unit_shape(group), dtype=torch.bool)
         chosen[list(numbers)] = True
         return structures.spread(chosen, group, parameters)
 
     for group in groups:
         covered = {name: torch.zeros(parameters[name].shape, dtype=torch.int64) for name in group}
-        for number in range(next(iter(group.values())).count):
+        for number in range(*structures.unit_shape(group)):
             mask = unit(group, number)
             for name in group:
                 covered[name] += mask[name]
@@ -385,6 +385,17 @@ def test_random_layers():
     assert masks["layers.0.mlp.bias"].stride() == (0,), "a mask of a whole tensor takes one byte"
     again = [Selection(None, "random", 0.5, scope="layers.*", structure="layer", seed=seed) for seed in range(8)]
     assert len({selected(selection, net).hash() for selection in again}) == 2
+
+
+def test_a_random_unit_is_as_likely_whatever_its_size():
+    net = nn.Sequential(nn.Linear(40, 5), nn.Linear(5, 2))  # 7 rows and 7 entries of biases
+    scope = dict.fromkeys(("0.weight", "1.weight", "0.bias", "1.bias"), 0)
+    for seed in range(300):
+        masks = selected(Selection(None, "random", 1, structure="row", seed=seed), net)
+        for name in scope:
+            scope[name] += int(masks[name].any())
+    expected = {"0.weight": 5 / 14, "1.weight": 2 / 14, "0.bias": 5 / 14, "1.bias": 2 / 14}
+    assert all(abs(scope[name] / 300 - share) < 0.11 for name, share in expected.items()), "within four deviations"
 
 
 def test_outside_of_blocks_a_module_is_a_unit():
