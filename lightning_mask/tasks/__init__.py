@@ -1,5 +1,6 @@
 """Tasks: Lightning modules that train a real network. They know nothing of masks."""
 
+from lightning_mask.tasks.causal_lm import CausalLM
 from lightning_mask.tasks.classifier import Classifier
 from lightning_mask.tasks.efficientnet import EfficientNetLite0
 from lightning_mask.tasks.image import EfficientNetClassifier, ImageClassifier
@@ -9,6 +10,7 @@ from lightning_mask.tasks.task import Task
 from lightning_mask.tasks.text import TextClassifier
 
 __all__ = [
+    "CausalLM",
     "Classifier",
     "EfficientNetClassifier",
     "EfficientNetLite0",

@@ -2,8 +2,6 @@
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,14 +118,13 @@ def _network(
     def weights(source: str) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        with _quiet():
-            return AutoModelForSequenceClassification.from_pretrained(
-                source,
-                config=config,
-                attn_implementation=attn_implementation,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        return AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
 
     def random(source: str) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -158,19 +155,3 @@ def _check_body(net: Any, info: dict[str, Any], model: str) -> None:
             f"Model {model!r} has no weights for {len(gaps)} tensors of its body (such as {gaps[0]}); they start random.",
             stacklevel=4,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting the new head, and from drawing a bar; what matters is checked by :func:`_check_body`."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
