@@ -184,3 +184,21 @@ def test_two_processes_switch_phase(tmp_path: Path) -> None:
     assert summary["mask"]["active"] == summary["mask"]["total"]
     assert summary["mask"]["held_changed"] == 0
     assert [phase["step"] for phase in summary["mask"]["phases"]] == [0, 2]
+
+
+@pytest.mark.slow
+def test_a_model_dealt_out_over_two_processes_trains_goes_on_and_is_tested(tmp_path: Path) -> None:
+    sharded = [*TINY, "trainer=fsdp_cpu", "trainer.strategy.save_distributed_checkpoint=true", "logger=none"]
+    sharded += ["mask.scope=[net.layers]", "paths.output_dir=run"]  # conv weights of which some entries train
+    first = train_command(*sharded, "test=false", cwd=tmp_path)
+    assert first.returncode == 0, first.stdout
+    assert (tmp_path / "run/checkpoints/last.ckpt").is_dir()
+    again = train_command(*sharded, "ckpt_path=last", "trainer.max_steps=8", "test=true", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["mask"]["steps"] == 8
+    assert summary["mask"]["held_checked"] > 1000
+    assert summary["mask"]["held_changed"] == 0
+    assert {row["held_by"] for row in summary["mask"]["tensors"]} >= {"compact", "requires_grad"}
+    assert 0 <= summary["metrics"]["test/accuracy"] <= 1
