@@ -122,3 +122,11 @@ def test_a_partial_is_told_apart_in_the_recipe_and_needs_no_reference():
     assert may_need_reference("change")
     assert may_need_reference(partial(get("change")))
     assert may_need_reference(lambda params, context: params)
+
+
+@pytest.mark.parametrize("wrong", [partial(spectral, ranks=16), partial(spectral, {}, None, 16, 17)])
+def test_a_partial_with_arguments_that_the_function_does_not_take_is_refused_at_once(wrong: partial[object]):
+    with pytest.raises(
+        ValueError, match=r"score=spectral\(.*\) cannot be called with params and context alone .* rank"
+    ):
+        Selection(score=wrong, density=0.1)  # type: ignore[arg-type]

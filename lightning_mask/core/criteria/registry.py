@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -46,11 +47,12 @@ def get(score: str | Criterion) -> Criterion:
     A name with dots that is not registered is imported: ``"mine.last_minus_first"`` is that function of ``mine.py``.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none of that name, or a partial gives arguments that its function does not take.
     """
     if not isinstance(score, str):
         if not callable(score):
             raise ValueError(f"score must be the name of a criterion or a function, got {score!r}.")
+        _check_arguments(score)
         return score
     if score not in CRITERIA and "." in score:
         return _imported(score)
@@ -61,6 +63,21 @@ def get(score: str | Criterion) -> Criterion:
             f"score={score!r} is unknown; {hint}there are {', '.join(sorted(CRITERIA))}. Register your own with @criterion."
         )
     return CRITERIA[score]
+
+
+def _check_arguments(score: Criterion) -> None:
+    function = score
+    while isinstance(function, partial):
+        function = function.func
+    if function is score:
+        return
+    takes = signature(function)
+    try:
+        signature(score).bind({}, None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"score={name_of(score)} cannot be called with params and context alone ({error}); {name_of(function)} takes {takes}."
+        ) from None
 
 
 def _imported(path: str) -> Criterion:
