@@ -99,7 +99,7 @@ def _below(modules: Iterable[str], names: dict[str, tuple[str, ...]]) -> set[str
 
 
 def _match(pattern: str, model: nn.Module, names: dict[str, tuple[str, ...]]) -> set[str]:
-    kind, _, rest = pattern.partition(":")
+    kind, rest = _kind(pattern)
     if kind == "re":
         try:
             regex = re.compile(rest)
@@ -113,6 +113,12 @@ def _match(pattern: str, model: nn.Module, names: dict[str, tuple[str, ...]]) ->
         return _below(_slice(rest, pattern, repeated_blocks(model)), names)
     direct = {name for name, every in names.items() if any(fnmatchcase(n, pattern) for n in every)}
     return direct | _below((n for n in modules if n and fnmatchcase(n, pattern)), names)
+
+
+def _kind(pattern: str) -> tuple[str, str]:
+    """What stands before the first colon and after it; a pattern without one is of no kind, also where it reads `layers`."""
+    kind, colon, rest = pattern.partition(":")
+    return (kind, rest) if colon else ("", pattern)
 
 
 def _slice(text: str, pattern: str, blocks: list[str]) -> list[str]:
@@ -131,7 +137,7 @@ def _slice(text: str, pattern: str, blocks: list[str]) -> list[str]:
 
 
 def _nearest(pattern: str, model: nn.Module, names: dict[str, tuple[str, ...]]) -> str:
-    kind, _, rest = pattern.partition(":")
+    kind, rest = _kind(pattern)
     if kind == "layers":
         blocks = repeated_blocks(model)
         return f"The model has {len(blocks)} repeated blocks" + (f" ({blocks[0]} to {blocks[-1]})." if blocks else ".")

@@ -148,6 +148,13 @@ def test_repeated_blocks(model: nn.Module, blocks: list[str]):
     assert repeated_blocks(model) == blocks
 
 
+def test_a_module_may_be_called_as_a_kind_of_pattern():
+    model = nn.ModuleDict({kind: nn.Linear(1, 1, bias=False) for kind in ("layers", "re", "other")})
+    for kind in ("layers", "re"):
+        assert resolve(kind, model) == [f"{kind}.weight"]
+        assert resolve(f"{kind}.*", model) == [f"{kind}.weight"]
+
+
 def test_blocks_of_an_encoder_and_a_decoder():
     model = nn.Transformer(d_model=4, nhead=1, num_encoder_layers=2, num_decoder_layers=3, dim_feedforward=4)
     assert repeated_blocks(model) == [f"decoder.layers.{i}" for i in range(3)]  # the class with the most parameters
