@@ -40,8 +40,8 @@ class RunReport(Callback):
         """Return the facts of the last fit.
 
         Keys: ``active``, ``total`` (entries), ``density``, ``sparsity`` (of what PruneMask has in scope, None without),
-        ``held_checked``, ``held_changed`` (entries), ``steps``, ``seconds_per_step``, ``phases`` (the history), ``tensors``
-        (rows of the table).
+        ``held_checked``, ``held_changed`` (entries), ``steps``, ``seconds_per_step``, ``optimizer_bytes`` (of this rank's
+        optimizer state), ``phases`` (the history), ``tensors`` (rows of the table).
         """
         return dict(self._facts)
 
@@ -98,6 +98,7 @@ class RunReport(Callback):
             "held_checked": self._checked,
             "held_changed": self._changed,
             "steps": trainer.global_step,
+            "optimizer_bytes": _state_bytes(trainer),
             "seconds_per_step": self._seconds / max(self._steps, 1) * trainer.accumulate_grad_batches,
             "phases": list(session.phases.history) if session is not None and session.phases is not None else [],
             "tensors": [vars(row) for row in rows],
@@ -145,6 +146,12 @@ def _rows(trainer: Trainer, module: LightningModule) -> list[Row]:
         )
         for n, p in module.named_parameters()
     ]
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    states = [s for optimizer in trainer.optimizers for s in optimizer.state.values() if isinstance(s, dict)]
+    tensors = [local(value) for s in states for value in s.values() if isinstance(value, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _numel(row: Row) -> int:

@@ -216,6 +216,13 @@ def test_the_report_finds_a_change_behind_our_back(what: str) -> None:
     assert report.results()["held_changed"] == expected
 
 
+def test_the_report_knows_the_bytes_of_the_optimizers_state() -> None:
+    net, report = Net(), RunReport()
+    fit(net, FreezeMask("head"), report)
+    tensors, entries = len(list(net.head.parameters())), sum(p.numel() for p in net.head.parameters())
+    assert report.results()["optimizer_bytes"] == 4 * (2 * entries + tensors)  # two moments, and a count for each tensor
+
+
 def test_the_report_raises_no_false_alarm() -> None:
     scores = [3.0, 1.0, 2.0, 4.0, 0.0, 0.0]
     net, report = Net(value=lambda epoch: scores[epoch]), RunReport("out")
