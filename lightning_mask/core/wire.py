@@ -121,7 +121,8 @@ class Wire:
 def reduce_active(wire: Wire, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Average the active entries of a bucket over all ranks; register it with ``ddp.register_comm_hook(wire, reduce_active)``.
 
-    The average is that of torch's ``allreduce_hook`` (divide, then add), or of the hook that the Wire was given. A held
+    The average is that of torch's ``allreduce_hook`` (divide, then add), or of the hook that the Wire was given; from three
+    ranks on, a backend adds in an order that depends on an entry's place in what is sent (its last bit may differ). A held
     entry keeps what this rank's own backward left there, as under ``no_sync``: it is neither divided nor sent, differs
     from rank to rank and need not be finite. That costs nothing, and MaskEngine reads or clears it before a step;
     who looks at ``p.grad`` earlier (a hook on the tensor, a callback before ours) sees it.
