@@ -157,6 +157,10 @@ def test_override_grammar(config: Callable[..., DictConfig]) -> None:
     assert config("mask=none", "lr=5e-3").optimizer.lr == 5e-3
     assert config("experiment=mnist_prune").optimizer.lr == 3e-3
     assert config("debug=limit", "experiment=mnist_prune").trainer.max_steps == 20
+    assert config("data=mnist5k", "model=resnet").data.mean is None
+    taught = config("data=image_folder", "data.source.path=pictures", "model=efficientnet_lite0").data
+    assert (taught.source.size, taught.source.channels) == (64, 3)
+    assert (taught.mean, taught.deviation) == (127 / 255, 128 / 255)
 
 
 def test_sweeps_say_what_they_sweep() -> None:

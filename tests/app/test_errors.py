@@ -32,7 +32,10 @@ CASES = [
     (["data=csv"], ["data.source.path has no value yet"]),
     (["model=hf"], ["model.model has no value yet"]),
     (["data=csv", "data.source.path=/no/rows.csv"], ["/no/rows.csv"]),
-    (["data=mnist5k"], ["model=resnet"]),
+    (["data=mnist5k"], ["TextClassifier does not go with ImageData", "model=resnet or model=efficientnet_lite0"]),
+    (["data=tweets", "model=smollm2"], ["CausalLM does not go with TextData", "model=minilm"]),
+    (["data=reviews_lm"], ["TextClassifier does not go with LanguageData", "model=smollm2"]),
+    (["experiment=smollm2_reviews", "data.prompt=What?"], ["prompt must have {text} in it"]),
     (["ckpt_path=/no/such.ckpt"], ["/no/such.ckpt", "ckpt_path=last"]),
     (["train=false"], ["ckpt_path="]),
     (
