@@ -1,5 +1,6 @@
 """Compact: the active entries of a tensor as a small parameter, which takes the dense one's place in the optimizer."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,11 @@ class Slots:
         dense.view(-1).scatter_(0, self.index.to(dense.device, torch.int64), values)
         return dense
 
+    def carry(self, old: "Slots") -> Callable[[Tensor, float], Tensor]:
+        """Return what makes of a compact tensor of ``old`` one of these entries; of those that join, with a fill value."""
+        stays, source = _in_both(self.index, old.index)
+        return functools.partial(_carried, self.compact_shape, 0, self.places()[stays], old.places()[source])
+
     def scatter(self, compact: Tensor, fill: float = 0.0) -> Tensor:
         """Return a dense tensor with the active entries of ``compact``, and ``fill`` elsewhere."""
         dense = torch.full(self.shape, fill, dtype=compact.dtype, device=compact.device)
@@ -127,9 +133,25 @@ class Lines:
         """Write the active lines into ``dense`` and return it; its other entries are not touched."""
         return dense.index_copy_(self.dim, self.index.to(dense.device), compact)
 
+    def carry(self, old: "Lines") -> Callable[[Tensor, float], Tensor]:
+        """Return what makes of the lines of ``old`` (along the same dimension) these lines, with a fill value."""
+        return functools.partial(_carried, self.compact_shape, self.dim, *_in_both(self.index, old.index))
+
     def scatter(self, compact: Tensor, fill: float = 0.0) -> Tensor:
         """Return a dense tensor with the active lines of ``compact``, and ``fill`` elsewhere."""
         return self.scatter_(compact, torch.full(self.shape, fill, dtype=compact.dtype, device=compact.device))
+
+
+def _in_both(index: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in ``index`` those stand that are in ``old`` too, and where in ``old``; both are sorted, each number once."""
+    at = torch.searchsorted(old, index).clamp_(max=max(len(old) - 1, 0))
+    stays = (old[at] == index).nonzero().view(-1) if len(old) else at[:0]
+    return stays, at[stays]
+
+
+def _carried(shape: tuple[int, ...], dim: int, places: Tensor, source: Tensor, compact: Tensor, fill: float) -> Tensor:
+    values = compact.index_select(dim, source.to(compact.device))
+    return compact.new_full(shape, fill).index_copy_(dim, places.to(compact.device), values)
 
 
 def servable(optimizer: Optimizer, parameter: Tensor) -> str | None:
@@ -170,13 +192,9 @@ class Compact:
         early: bool,
         module: nn.Module | None = None,
     ) -> None:
-        self.name, self.parameter, self.optimizer, self.slots = name, parameter, optimizer, slots
-        part = slots.gather(local(parameter))
-        self._shape = part.shape
-        if is_sharded(parameter):
-            self._shape = torch.Size([*totals([len(part)], parameter), *part.shape[1:]])
-        self.values = nn.Parameter(wrap(part, parameter, self._shape))
+        self.name, self.parameter, self.optimizer = name, parameter, optimizer
         self.ahead = self.paused = False
+        self._take(slots)
         self._put(parameter, self.values)
         if not is_compact(optimizer.state.get(parameter, {}), parameter, slots):
             _convert(optimizer, parameter, self.values, slots.gather)
@@ -193,6 +211,36 @@ class Compact:
                 self.lines = EntryGradients(module, self.values, slots.index, slots.places())
         if early:
             self._hook = parameter.register_post_accumulate_grad_hook(lambda _: self.gather())
+
+    def _take(self, slots: Slots | Lines) -> None:
+        part = slots.gather(local(self.parameter))
+        self.slots, self._shape = slots, part.shape
+        if is_sharded(self.parameter):
+            self._shape = torch.Size([*totals([len(part)], self.parameter), *part.shape[1:]])
+        self.values = nn.Parameter(wrap(part, self.parameter, self._shape))
+
+    def change(self, slots: Slots | Lines) -> bool:
+        """Train other entries from now on; those that stay keep their state and gradient, the others start afresh.
+
+        Returns:
+            False, with nothing done, if the one are whole lines and the others are not, or lines along another dimension.
+        """
+        old, values = self.slots, self.values
+        if type(slots) is not type(old) or getattr(slots, "dim", None) != getattr(old, "dim", None):
+            return False
+        carry = slots.carry(old)  # type: ignore[arg-type]  # of the same kind
+        if self.ahead:  # an interrupt came between the update and its end
+            self.write()
+        self._take(slots)
+        self._put(values, self.values)
+        _convert(self.optimizer, values, self.values, carry)
+        if values.grad is not None:
+            self.values.grad = self._laid_out(carry(local(values.grad), 0.0))
+        if isinstance(self.lines, EntryGradients) and isinstance(slots, Slots):
+            self.lines.change_entries(self.values, slots.index, slots.places())
+        elif self.lines is not None and isinstance(slots, Lines):
+            self.lines.change(self.values, slots.index, slots.dim)
+        return True
 
     def gather(self) -> None:
         """Move the gradient of the active entries to the compact parameter, and free the dense one.

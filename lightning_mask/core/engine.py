@@ -391,7 +391,7 @@ class MaskEngine:
             parameter, count = self._parameters[name], active(mask)
             then = self.masks.get(name)
             if then is not None and mask is not then and not equal(mask, then):
-                if name in self._compact:
+                if name in self._compact and not self._change(name, part(mask, parameter), count):
                     self._compact.pop(name).remove()
                 self._start_afresh(name, then, mask)
             self._holders.pop(name, None)
@@ -435,7 +435,7 @@ class MaskEngine:
 
     def _hold(self, name: str, mask: Tensor, count: int) -> None:
         """Hold a tensor of which some entries are active: ``count`` of all, ``mask`` of this rank's part."""
-        if name in self._compact:  # its mask did not change
+        if name in self._compact:  # its mask did not change, or it serves the new one
             return
         parameter, owners = self._parameters[name], self._owners[id(self._parameters[name])]
         if self._way == "compact" and count <= BREAK_EVEN * parameter.numel():
@@ -455,6 +455,16 @@ class MaskEngine:
         if name in self._stored:
             self._widen(name)
         self._holders[name] = self._holder(parameter, mask, count)
+
+    def _change(self, name: str, mask: Tensor, count: int) -> bool:
+        """Let a compact tensor train other entries, where it is compact in the same way; return whether it is."""
+        parameter = self._parameters[name]
+        most = BREAK_EVEN * parameter.numel()
+        if not 0 < count <= most:
+            return False
+        found = None if is_sharded(parameter) else whole_lines(mask)
+        slots = Slots(mask) if found is None else Lines(mask.shape, *found)
+        return totals([slots.size], parameter)[0] <= most and self._compact[name].change(slots)
 
     @contextmanager
     def whole_gradients(self) -> Iterator[None]:
@@ -516,10 +526,10 @@ class MaskEngine:
         ages.keep(mask)
         new = None if active(before) == 0 else mask & ~part(before, parameter)
         joining = 0 if new is None else totals([int(new.count_nonzero())], parameter)[0]
-        if new is None or joining:
+        if new is None or (joining and name not in self._compact):  # a compact one has left out what joins
             for owner in owners:
                 reset_state(owner, parameter, new)
-        state = owners[0].state.get(parameter, {})
+        state = owners[0].state.get(self._in_optimizer(name), {})
         if new is None or not state or len(owners) > 1 or not corrects_bias(owners[0]):
             self._ages.pop(name, None)
             return

@@ -115,17 +115,27 @@ class RowGradients:
         kind = type(module).__name__
         if not supports(module, "weight", dim):
             raise ValueError(f"Lines along dimension {dim} of this {kind} cannot be trained alone; hold them densely.")
-        weight: Tensor = module.get_parameter("weight")
+        self._module = module
+        self.change(values, index, dim)
+        self._attach()
+
+    def change(self, values: nn.Parameter, index: Tensor, dim: int) -> None:
+        """Fill the gradient of other values, for other lines, from now on; arguments and error as of the constructor.
+
+        The hooks stay, so code that was compiled with them need not be forgotten.
+        """
+        weight: Tensor = self._module.get_parameter("weight")
         shape = (*weight.shape[:dim], len(index), *weight.shape[dim + 1 :])
         if values.shape != shape:
+            kind = type(self._module).__name__
             raise ValueError(f"The active lines of this {kind} have shape {shape}, the values {tuple(values.shape)}.")
-        self._attach(module, values, _way(module, index.to(weight.device), dim))
+        self.values = values
+        self._keep, self._gradient = _way(self._module, index.to(weight.device), dim)
 
-    def _attach(self, module: nn.Module, values: nn.Parameter, way: tuple[_Keep, _Gradient]) -> None:
+    def _attach(self) -> None:
+        module, self.paused = self._module, False
         if not module._forward_hooks and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # compiled code does not notice the first hook of a module
-        self.values, self.paused = values, False
-        self._keep, self._gradient = way
         self._handles = [
             module.register_forward_pre_hook(_Hide(self)),
             module.register_forward_hook(_show, always_call=True, prepend=True),
@@ -199,7 +209,14 @@ class EntryGradients(RowGradients):
     def __init__(self, module: nn.Module, values: nn.Parameter, index: Tensor, place: Tensor) -> None:
         if not isinstance(module, nn.Embedding) or not supports(module, "weight", 0):
             raise ValueError(f"Entries of this {type(module).__name__} cannot be trained alone; hold them densely.")
-        self._attach(module, values, _embedding_entries(module, index, place, len(values)))
+        self._module = self._table = module
+        self.change_entries(values, index, place)
+        self._attach()
+
+    def change_entries(self, values: nn.Parameter, index: Tensor, place: Tensor) -> None:
+        """Fill the gradient of other values, for other entries, from now on; arguments as of the constructor."""
+        self.values = values
+        self._keep, self._gradient = _embedding_entries(self._table, index, place, len(values))
 
 
 def _hook_of_a_copy() -> Callable[..., None]:
