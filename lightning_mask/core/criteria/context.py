@@ -112,8 +112,8 @@ class Context:
                     self._maybe_loss(batch)
                 seen += 1
                 yield batch
-            if not seen:
-                raise ValueError("This criterion needs training batches, and the training data gave none.")
+        if not seen:
+            raise ValueError("This criterion needs training batches, and the training data gave none.")
 
     def gradients(self, params: Mapping[str, Tensor], loss: Loss | None = None) -> Iterator[dict[str, Tensor]]:
         """Yield, batch by batch, the gradient of the mean loss over ``params``; zeros where the loss does not reach.
@@ -126,8 +126,9 @@ class Context:
             loss: Another loss than the training's, for example :meth:`sampled_loss`.
         """
         tensors = list(params.values())
+        every = list(self.model.parameters())  # before a forward, after which some may stay gathered
         for value in self._losses(tensors, loss or self._maybe_loss):
-            yield _named(params, self._gradients_of(value, tensors))
+            yield _named(params, _gradients_of(value, tensors, every))
 
     def hessian_products(
         self, params: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
@@ -159,18 +160,19 @@ class Context:
             if not seen:
                 raise ValueError("This criterion needs training batches with a loss, and the training data gave none.")
 
-    def _gradients_of(self, loss: Tensor, tensors: list[Tensor]) -> Sequence[Tensor | None]:
-        if not any(is_sharded(tensor) for tensor in tensors):
-            return torch.autograd.grad(loss, tensors, allow_unused=True)
-        parameters = list(self.model.parameters())  # the forward ran on gathered copies: backward alone reaches these
-        kept = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        loss.backward()
-        found = [tensor.grad for tensor in tensors]
-        for parameter, grad in zip(parameters, kept, strict=True):
-            parameter.grad = grad
-        return found
+
+def _gradients_of(loss: Tensor, tensors: list[Tensor], parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+    if not any(is_sharded(tensor) for tensor in tensors):
+        return torch.autograd.grad(loss, tensors, allow_unused=True)
+    # The forward ran on gathered copies: a backward pass alone reaches the parameters.
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    found = [tensor.grad for tensor in tensors]
+    for parameter, grad in zip(parameters, kept, strict=True):
+        parameter.grad = grad
+    return found
 
 
 def _named(params: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> dict[str, Tensor]:

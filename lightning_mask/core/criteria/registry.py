@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.distributed import mean_over_ranks
-from lightning_mask.core.sharding import is_sharded, local, shard, totals
+from lightning_mask.core.sharding import is_sharded, local, reshard, shard, totals
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[Mapping[str, Tensor], Context], Scores]
@@ -135,6 +135,8 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
     function = get(score)
     label = score if isinstance(score, str) else getattr(score, "__name__", name_of(score))
     scores = function(params, context)
+    if context.used_data:
+        reshard(context.model)
     for name, parameter in params.items():
         if name not in scores:
             raise ValueError(f"The criterion {label!r} returned no score for {name}.")
