@@ -134,11 +134,12 @@ def cases(draw: st.DrawFn) -> tuple[str, Net, dict[str, Tensor], list[tuple[list
     budgets = []
     for part in parts:
         n = sum(scores[name].numel() for name in part)
-        amount = draw(st.one_of(st.floats(0.01, 1), st.integers(1, max(n, 1)))) if n else 1.0
+        share = st.sampled_from([i / 20 for i in range(1, 21)])
+        amount = draw(st.one_of(share, st.integers(1, max(n, 1)))) if n else 1.0
         budgets.append((part, Budget(amount, removed=draw(st.booleans()))))
     uniform = structure not in ("tensor", "layer") and draw(st.booleans())
     if uniform:  # a number of entries goes by largest remainders, which has its own tests
-        budgets = [(p, Budget(b.amount / 1000 if isinstance(b.amount, int) else b.amount)) for p, b in budgets]
+        budgets = [(p, Budget(1 / b.amount if isinstance(b.amount, int) else b.amount, b.removed)) for p, b in budgets]
     return structure, net, scores, budgets, "uniform" if uniform else "global"
 
 
@@ -182,6 +183,26 @@ def test_the_best_inputs_of_each_row(shapes: list[list[int]], amount: float | in
         assert sum(kept for kept, _ in counts) == amount
         free = [kept for kept, width in counts if kept < width]
         assert not free or all(kept <= width and kept >= max(free) - 1 for kept, width in counts if kept < width)
+
+
+def test_the_nearest_number_of_whole_units():
+    score = {"w": torch.arange(12.0).view(4, 3)}
+    counts = [int(choose(score, [(["w"], Budget(n))], "row", "global")["w"].any(1).sum()) for n in range(13)]
+    assert counts == [0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
+    even = {"w": torch.arange(8.0).view(4, 2)}
+    counts = [int(choose(even, [(["w"], Budget(n))], "row", "global")["w"].any(1).sum()) for n in range(9)]
+    assert counts == [0, 1, 1, 1, 2, 2, 3, 3, 4], "the fewer of two numbers that come as near"
+
+
+def test_each_attention_layer_gets_what_its_tensors_would():
+    net = Net(4, 4, 2, 5, bias=True)
+    masks = selected(
+        Selection(["out", "stem", "scale", "*.mlp"], "magnitude", 0.75, structure="head", allocation="uniform"), net
+    )
+    for layer in range(2):
+        for kind in ("q", "k", "v"):
+            assert masks[f"layers.{layer}.attention.{kind}_proj.bias"].sum() == 6
+        assert masks[f"layers.{layer}.attention.o_proj.weight"].all(0).sum() == 6
 
 
 def test_long_rows_are_ranked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
