@@ -21,7 +21,8 @@ class FreezeMask(MaskCallback):
 
     Args:
         train: Patterns of tensors that may change whole: globs over parameter names (``"classifier.*"``, ``"*.bias"``),
-            a module's name (everything below it), ``"re:<regex>"``, ``"type:LayerNorm"`` (module class), ``"layers:-2:"``
+            a module's name (everything below it), ``"re:<regex>"``, ``"type:LayerNorm"`` (module class), ``"weights:Linear"``
+            (the weights of such modules; ``"weights:"``: of all linear and convolution layers), ``"layers:-2:"``
             (a slice of the model's repeated blocks); ``"!<pattern>"`` takes away. A tied parameter answers to each of its
             names. What neither ``train`` nor ``scope`` names is held whole. A normalisation module all of whose
             parameters are held uses its stored statistics, which do not move.

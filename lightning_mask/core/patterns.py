@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 Patterns = str | Sequence[str] | None
+LAYERS = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}
+"""Classes of linear and convolution layers; the last is transformers' Linear with a weight of shape (in, out)."""
 
 
 def as_patterns(patterns: Patterns) -> tuple[str, ...]:
@@ -67,7 +69,8 @@ def resolve(patterns: Patterns, model: nn.Module, argument: str = "patterns") ->
 
     Patterns are read from left to right. One is a glob over parameter names or over module names (a module means every
     parameter below it), ``re:<regex>`` (searched for in parameter names), ``type:<class>`` (modules of that class or of
-    a subclass), ``layers:<slice>`` (of :func:`repeated_blocks`, e.g. ``layers:-2:`` or ``layers:3``), or ``!`` and any
+    a subclass), ``weights:<class>`` (the weights of such modules, without biases; ``weights:`` alone: of all linear and
+    convolution layers), ``layers:<slice>`` (of :func:`repeated_blocks`, e.g. ``layers:-2:`` or ``layers:3``), or ``!`` and any
     of these, which takes away; a list that begins with ``!`` begins from everything.
 
     Args:
@@ -108,7 +111,11 @@ def _match(pattern: str, model: nn.Module, names: dict[str, tuple[str, ...]]) ->
         return {name for name, every in names.items() if any(regex.search(n) for n in every)}
     modules = dict(model.named_modules(remove_duplicate=False))
     if kind == "type":
-        return _below((n for n, m in modules.items() if rest in {c.__name__ for c in type(m).__mro__}), names)
+        return _below((n for n, m in modules.items() if rest in _classes(m)), names)
+    if kind == "weights":
+        classes = {rest} if rest else LAYERS
+        wanted = {f"{n}.weight" if n else "weight" for n, m in modules.items() if classes & _classes(m)}
+        return {name for name, every in names.items() if wanted.intersection(every)}
     if kind == "layers":
         return _below(_slice(rest, pattern, repeated_blocks(model)), names)
     direct = {name for name, every in names.items() if any(fnmatchcase(n, pattern) for n in every)}
@@ -119,6 +126,10 @@ def _kind(pattern: str) -> tuple[str, str]:
     """What stands before the first colon and after it; a pattern without one is of no kind, also where it reads `layers`."""
     kind, colon, rest = pattern.partition(":")
     return (kind, rest) if colon else ("", pattern)
+
+
+def _classes(module: nn.Module) -> set[str]:
+    return {c.__name__ for c in type(module).__mro__}
 
 
 def _slice(text: str, pattern: str, blocks: list[str]) -> list[str]:
@@ -141,7 +152,7 @@ def _nearest(pattern: str, model: nn.Module, names: dict[str, tuple[str, ...]]) 
     if kind == "layers":
         blocks = repeated_blocks(model)
         return f"The model has {len(blocks)} repeated blocks" + (f" ({blocks[0]} to {blocks[-1]})." if blocks else ".")
-    if kind == "type":
+    if kind in ("type", "weights"):
         known = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(), None) is not None})
         close = get_close_matches(rest, known, n=5, cutoff=0.5) or known[:8]
         return f"Module classes with parameters, the nearest first: {', '.join(close)}."

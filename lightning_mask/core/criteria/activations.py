@@ -110,7 +110,7 @@ def _layers(name: str, model: nn.Module, kinds: tuple[str, ...], asked: str) -> 
     if not found:
         raise ValueError(
             f"{asked} scores the {' or '.join(kinds)} of linear and convolution layers, and {name} is none; name such "
-            f"tensors in scope, for example scope=['type:Linear', '!*.bias'], or take it away with '!{name}'."
+            f"tensors in scope, for example scope='weights:', or take it away with '!{name}'."
         )
     return list(found)
 
