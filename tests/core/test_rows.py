@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from lightning_mask.core import MaskEngine
 from lightning_mask.core.compact import Slots
 from lightning_mask.core.rows import EntryGradients, RowGradients, supports, whole_lines
 
@@ -520,3 +521,25 @@ def test_entries_of_a_large_table_never_make_it() -> None:
         table(tokens).square().sum().backward()
     assert values.grad is not None
     assert sizes.largest <= tokens.numel() * 64 * 8
+
+
+def test_other_entries_of_a_table_train_when_the_mask_changes():
+    """The table has entries enough to be served by its module; every entry that ever trains is of a token that is seen."""
+    ends = {}
+    for way in ("dense", "compact"):
+        torch.manual_seed(0)
+        table = nn.Embedding(600, 8)
+        start = table.weight.detach().clone()
+        optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
+        first, then = (torch.rand(600, 8, generator=torch.Generator().manual_seed(seed)) < 0.2 for seed in (1, 2))
+        engine = MaskEngine(table, optimizer, {"weight": first}, engine=way, early=way == "compact")
+        for step in range(6):
+            if step == 3:
+                engine.update({"weight": then})
+            table(torch.arange(step, 600, 2)).square().sum().backward()
+            engine.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends[way] = table.weight.detach()
+    assert ((ends["dense"] != start) & then & ~first).any()
+    assert torch.equal(ends["compact"], ends["dense"])
