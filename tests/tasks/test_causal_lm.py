@@ -101,9 +101,25 @@ def test_perplexity_is_what_its_definition_says(tiny: Path, tmp_path: Path) -> N
     assert logged["test/loss"] == pytest.approx(mean, rel=1e-5)
     assert logged["test/perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
     assert logged["test/accuracy"] == pytest.approx(sum(right for _, right in told) / len(told), rel=1e-5)
+    assert logged["test/exact"] == 0.0
     one = batches(1)[0]
     few = [value for value, _ in log_probabilities(model, one)]
     assert float(model.mask_loss(one).detach()) == pytest.approx(-sum(few) / len(few), rel=1e-5)
+
+
+def test_an_answer_is_exact_when_all_of_its_tokens_are_the_likeliest(tiny: Path, tmp_path: Path) -> None:
+    model = CausalLM(str(tiny)).eval()
+    (batch,) = batches(1)
+    with torch.no_grad():
+        said = model(batch).argmax(dim=2)
+    labels = torch.full_like(batch["labels"], -100)
+    labels[0, 3:6] = said[0, 2:5]  # right
+    labels[1, 2:4] = said[1, 1:3]
+    labels[1, 3] = (labels[1, 3] + 1) % 30  # the second token is wrong
+    rows = DataLoader([{**batch, "labels": labels}], batch_size=None)  # and the third row has no label at all
+    (logged,) = trainer(tmp_path).test(model, rows, verbose=False)
+    assert logged["test/exact"] == 0.5
+    assert logged["test/accuracy"] == pytest.approx(4 / 5)
 
 
 def test_padding_changes_nothing(tiny: Path) -> None:
