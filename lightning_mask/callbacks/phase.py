@@ -40,6 +40,10 @@ class Phase:
         warmup: How long the factor rises from 0, linearly, counted from the start of the phase: ``"100 steps"``.
         restore_best: Go back to the best weights the phase saw when a metric ends it, also where the run ends in that very
             moment. A run that is over before the metric has ended the phase keeps its last weights.
+        restart: Choose the mask, then begin again: all weights and buffers, held ones too, go back to what they were when
+            training started (what is pruned stays zero), and the moments of all that trains start afresh. With
+            ``score="change"``, the lottery ticket of LT-SFT. Steps and the learning rate's schedule go on; this phase's
+            ``lr_scale`` and ``warmup`` make up for that. Not for the first phase.
         name: What it is called in the history and the logs.
 
     Raises:
@@ -64,11 +68,12 @@ class Phase:
         lr_scale: float | Mapping[str, float] = 1.0,
         warmup: str | None = None,
         restore_best: bool = False,
+        restart: bool = False,
         name: str | None = None,
     ) -> None:
         where = f"Phase {name!r}" if name else "Phase"
         check_engine(engine)
-        self.engine, self.name, self.restore_best = engine, name, restore_best
+        self.engine, self.name, self.restore_best, self.restart = engine, name, restore_best, restart
         self.until = parse_until(plain(until), f"{where}: until")
         self.selection = make_selection(
             where,
@@ -116,6 +121,7 @@ class Phase:
             "lr_scale": None if self.lr_scale == 1.0 else self.lr_scale,
             "warmup": None if self.warmup is None else str(self.warmup),
             "restore_best": self.restore_best or None,
+            "restart": self.restart or None,
         }
         return {key: value for key, value in values.items() if value is not None}
 
@@ -192,7 +198,7 @@ def make_phases(given: Iterable[Phase | Mapping[str, Any]]) -> list[Phase]:
     Raises:
         ValueError: If one has an unknown argument, naming it.
     """
-    known = ("until", *_SELECTION, "refresh", "engine", "lr_scale", "warmup", "restore_best", "name")
+    known = ("until", *_SELECTION, "refresh", "engine", "lr_scale", "warmup", "restore_best", "restart", "name")
     phases = []
     for i, item in enumerate(given):
         if isinstance(item, Phase):

@@ -97,6 +97,8 @@ class PhaseUnfreeze(MaskCallback):
     def _set(self, phases: list[Phase]) -> None:
         if not phases:
             raise ValueError("PhaseUnfreeze: the list of phases is empty; give it at least one.")
+        if phases[0].restart:
+            raise ValueError("PhaseUnfreeze: phase 0 begins with training itself; leave its restart out.")
         for i, phase in enumerate(phases[:-1]):
             if phase.until is None:
                 raise ValueError(f"PhaseUnfreeze: phase {i} never ends and another follows it; give it until=.")
@@ -107,7 +109,7 @@ class PhaseUnfreeze(MaskCallback):
         self.phases = phases
         asked = {phase.engine for phase in phases}
         self.engine = next((engine for engine in ("dense", "compact") if engine in asked), "auto")
-        self.needs_reference = any(may_need_reference(p.selection) for p in phases)
+        self.needs_reference = any(p.restart or may_need_reference(p.selection) for p in phases)
 
     @property
     def phase(self) -> int:
@@ -181,6 +183,7 @@ class PhaseUnfreeze(MaskCallback):
         saved, self._recipes = self._recipes, [recipe_of(phase, session.module) for phase in self.phases]
         if self._restored:
             self._refuse_edited(saved)
+            self._refuse_lost_start(session)
             return
         self._progress, self.history, self._validated = _Progress(), [], False
         self._enter(session, 0, "start")
@@ -203,6 +206,16 @@ class PhaseUnfreeze(MaskCallback):
                     f"{self.phase}; phases after that may be edited, so give this one as it was, {out}"
                 )
 
+    def _refuse_lost_start(self, session: Session) -> None:
+        again = [i for i, phase in enumerate(self.phases) if phase.restart and i > self.phase]
+        needed = {*dict(session.module.named_parameters()), *dict(session.module.named_buffers())}
+        if again and not needed <= (session.reference or {}).keys():
+            raise ValueError(
+                f"PhaseUnfreeze: {self.label(again[0])} has restart=True, and the checkpoint is of a run in which no phase had, "
+                "so the weights from the start of training are not in it; leave restart out, or start a new run from the "
+                "weights (fit without ckpt_path)."
+            )
+
     def advance(self, session: Session) -> str | None:
         """Enter the next phase when the current one has ended; return why."""
         reason = None
@@ -210,9 +223,11 @@ class PhaseUnfreeze(MaskCallback):
             reason = due
             self._go_back(session, reason)
             self._enter(session, self.phase + 1, reason)
+            self._restart(session, reason)
         if reason is not None:
             name = f" ({self.current.name})" if self.current.name else ""
-            return f"Phase {self.phase}{name} begins at step {session.step}, after {reason}"
+            start = " from the weights at the start of training" if self.current.restart else ""
+            return f"Phase {self.phase}{name} begins at step {session.step}{start}, after {reason}"
         now = self._progress
         if not draw_due(session.step - now.since, now.drawn - now.since, self._refresh[self.phase]):
             return None
@@ -320,6 +335,11 @@ class PhaseUnfreeze(MaskCallback):
         for name, value in best.items():
             sharding.local(tensors[name]).copy_(sharding.part(value, tensors[name]))
         session.zero_pruned()  # more may be pruned by now than when the best was seen
+
+    def _restart(self, session: Session, reason: str) -> None:
+        if self.current.restart:
+            session.tell("on_masks_changing", reason)
+            session.restart()
 
     def _write(self, session: Session) -> None:
         """Write the resolved phases as YAML into the run's folder, on rank zero."""

@@ -78,7 +78,8 @@ class Session:
         self._required: dict[str, bool] = {}
         self.owned: set[str] = set()
         """Names of the tensors that an optimizer held before this fit."""
-        self._reference: dict[str, Tensor] | None = None
+        self.reference: dict[str, Tensor] | None = None
+        """The weights at the start of training (and the buffers, where a phase restarts), where somebody needs them."""
         self._in_window = self._applied = self._epoch_ended = False
         self._epoch = -1
         self._facts: dict[str, float] = {}
@@ -124,7 +125,7 @@ class Session:
             sampled_loss=calibration.sampled_loss(self.trainer, self.module),
             batches=lambda: calibration.training_batches(self.trainer, batches),
             seed=selection_seed,
-            reference=self._reference,
+            reference=self.reference,
         )
 
     def select(self, selection: Selection, draw: int = 0) -> MaskSet:
@@ -208,9 +209,7 @@ class Session:
             pruner.check_phases(self)
         shared = next((m._shared for m in self.members if m._shared), None)
         if any(member.needs_reference for member in self.members):
-            kept = (shared or {}).get("reference")
-            now = _weights(self.module)
-            self._reference = now if not kept else {n: sharding.shard(kept[n], value) for n, value in now.items()}
+            self.reference = self._start_of_training(shared)
         self._reduced = self.trainable
         for member in sorted(self.members, key=lambda m: m is self.phases):  # a phase may build on the FreezeMasks
             member.begin(self)
@@ -227,6 +226,21 @@ class Session:
         count, total = self._facts["mask/active"], sum(p.numel() for p in self.module.parameters())
         names = ", ".join(dict.fromkeys(type(m).__name__ for m in self.members))
         self.say(f"{names}: {count:,.0f} of {total:,} entries train ({count / max(total, 1):.2%})")
+
+    def _start_of_training(self, shared: dict[str, Any] | None) -> dict[str, Tensor] | None:
+        """The weights of now, or those that a checkpoint brought; None where the run that wrote it had kept none."""
+        now: dict[str, Tensor] = dict(self.module.named_parameters())
+        if self.phases is not None and any(phase.restart for phase in self.phases.phases):
+            now |= dict(self.module.named_buffers())
+        if not any(member._restored and member.needs_reference for member in self.members):
+            return {name: value.detach().clone() for name, value in now.items()}
+        kept = (shared or {}).get("reference")
+        return kept and {name: sharding.shard(kept[name], value) for name, value in now.items() if name in kept}
+
+    def restart(self) -> None:
+        """Go back to the weights and buffers of the start of training, with fresh moments; :meth:`_hold` comes next."""
+        assert self.engine is not None
+        self.engine.restart(self.reference or {})
 
     def how_held(self) -> list[str]:
         """Return, one line each, how tensors are held of which some entries are active, and why; empty without any."""
@@ -352,10 +366,10 @@ class Session:
     def state(self) -> dict[str, Any]:
         """Return what is saved once for all members; of a sharded model, rank 0 gets the reference weights whole."""
         state: dict[str, Any] = {"random": random_state.collect()}
-        if self._reference is not None:
-            whole = ((name, sharding.whole(value)) for name, value in self._reference.items())
+        if self.reference is not None:
+            whole = ((name, sharding.whole(value)) for name, value in self.reference.items())
             kept = {name: value.cpu() for name, value in whole if self.trainer.is_global_zero} if self.sharded else None
-            state["reference"] = self._reference if kept is None else kept
+            state["reference"] = self.reference if kept is None else kept
         return state
 
     # Masks in force.
@@ -519,7 +533,3 @@ def choose_engine(trainer: Trainer, module: LightningModule, asked: set[str]) ->
         if foreign and any(getattr(type(callback), h, None) is not getattr(Callback, h) for h in hooks):
             return "dense", f"{type(callback).__name__} may read gradients (engine='compact' if it does not)"
     return "compact", "only active entries reach the optimizer; .grad of such a tensor is None after backward"
-
-
-def _weights(module: LightningModule) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}

@@ -19,6 +19,7 @@ from lightning_mask.core.optimizers import (
     begin_state,
     moves_without_gradient,
     parameters_of,
+    reset_all,
     reset_state,
     wrap_closure,
 )
@@ -296,6 +297,21 @@ class MaskEngine:
             for owner in self._owners.get(id(parameter), []):
                 reset_state(owner, self._in_optimizer(name))
             self._ages.pop(name, None)
+
+    @torch.no_grad()
+    def restart(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set parameters and buffers, by name, what is held too, and start the state of every optimizer afresh.
+
+        The masks stay; what is held is held at its new value.
+        """
+        mine: dict[str, Tensor] = {**self._parameters, **dict(self.model.named_buffers())}
+        for name, value in tensors.items():
+            local(mine[name]).copy_(part(value, mine[name]))
+        for optimizer in self.optimizers:
+            reset_all(optimizer)
+        self._ages.clear()
+        self._norms.hold(set())  # with what it kept
+        self._set(self.masks)
 
     @torch.no_grad()
     def restore(self) -> None:

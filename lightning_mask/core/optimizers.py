@@ -64,6 +64,14 @@ def reset_state(optimizer: Optimizer, parameter: Tensor, entries: Tensor | None 
             value.zero_()
 
 
+def reset_all(optimizer: Optimizer) -> None:
+    """Start the whole state of an optimizer afresh, also what LBFGS keeps for all parameters together."""
+    for parameter in list(optimizer.state):
+        reset_state(optimizer, parameter)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()
+
+
 def begin_state(optimizer: Optimizer, parameter: Tensor) -> None:
     """Make the state of a tensor that joins others in mid-training, where the optimizer does not by itself.
 

@@ -77,7 +77,7 @@ def test_every_option_composes_and_names_every_argument_of_its_target(
 
 def test_phases_name_every_argument_of_a_phase(config: Callable[..., DictConfig]) -> None:
     takes = set(inspect.signature(get_method("lightning_mask.Phase")).parameters) - {"self"}
-    for option in ("mask_then_lift", "unfreeze_on_plateau"):
+    for option in ("lottery", "mask_then_lift", "unfreeze_on_plateau"):
         for phase in config(f"mask={option}").mask.phases:
             assert set(phase) == takes
 

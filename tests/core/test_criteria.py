@@ -65,6 +65,7 @@ ROOT = 2**0.5 / 5**0.5  # of the norms of the two batches' gradients, 5**0.5 and
         # so that Hg = 1.25, -3.25; -1.75.
         ("grasp", [[2.5, 3.25]], [-0.875]),
         ("change", [[1.0, 2.0]], [0.5]),
+        ("magnitude_increase", [[1.0, 0.0]], [0.5]),
     ],
 )
 def test_by_hand(score: str, weight: list[list[float]], bias: list[float]):

@@ -49,6 +49,9 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
     "set": lambda: [
         PruneMask(0.6, scope="blocks.*.lin.weight", regrow="random", start="0 steps", every="2 steps", end="12 steps")
     ],
+    "lottery": lambda: [
+        PhaseUnfreeze([Phase("5 steps"), Phase(train=HEAD, score="change", density=60, restart=True, lr_scale=0.5)])
+    ],
     "thin": lambda: [FreezeMask(score="random", density=0.1, refresh="5 steps")],
     "rows": lambda: [
         PruneMask(0.5, scope="blocks.0.lin.weight", structure="row", start="2 steps", schedule="constant")

@@ -62,6 +62,11 @@ def all_together() -> list[Any]:
     ]
 
 
+def lottery() -> list[Any]:
+    ticket = Phase(train="head", score="change", density=40, restart=True, lr_scale=0.5, warmup="3 steps")
+    return [PruneMask(0.3, scope="blocks.*.lin.weight", end="10 steps"), PhaseUnfreeze([Phase("8 steps"), ticket])]
+
+
 SCORES = [3.0, 1.0, 2.0, 4.0, 1.0, 1.0, 1.0]
 
 
@@ -120,6 +125,7 @@ CASES: dict[str, Case] = {
         ],
         [2, 5, 8],
     ),
+    "lottery": Case(lottery, [4, 7, 8, 9, 12], {"norm": "batch", "dropout": 0.1}),
     "plain loader, between epochs": Case(all_together, [4, 8], {"dropout": 0.2}, data={"plain": True}),
     "plain loader, in mid-epoch": Case(
         lambda: [*phases(), PruneMask(0.5, scope="stem.weight", score="random", start="10 steps", schedule="constant")],
@@ -133,6 +139,7 @@ TWO = [
     "all together, batch norm and dropout",
     "accumulation",
     "plateau, checkpoints after validation",
+    "lottery",
 ]
 
 

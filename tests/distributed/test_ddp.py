@@ -18,6 +18,7 @@ TRAINS = {
     "entries": None,
     "pruned": [HEAD + 2 * BLOCK] * 10 + [HEAD] * 2,
     "rows": [TOTAL] * 12,
+    "lottery": None,
     "thin": None,
     "set": None,
 }

@@ -1,0 +1,194 @@
+"""Strategies that act while training goes on, against loops written by hand: the lottery ticket of LT-SFT."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from mask_nets import Net, Watch, changed, fit, loader, names, weights
+from torch import Tensor
+
+from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask.callbacks import RunReport
+
+LINEAR = ["type:Linear", "!*.bias", "!head"]
+SIZES = {"stem.weight": 96, "blocks.0.lin.weight": 144, "blocks.1.lin.weight": 144}
+
+
+def endless() -> Iterator[Any]:
+    while True:
+        yield from loader()
+
+
+def adamw(net: Net, lr: float = 0.02) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.1)
+
+
+def step(net: Net, optimizer: torch.optim.Optimizer, batch: Any, masks: dict[str, Tensor] | None = None) -> None:
+    """One step as plain PyTorch takes it; with masks, held gradients are zero and held values put back after it."""
+    optimizer.zero_grad()
+    net.loss(batch).backward()
+    before = weights(net)
+    for name, p in net.named_parameters():
+        if masks and p.grad is not None:
+            p.grad.masked_fill_(~masks[name], 0)
+    optimizer.step()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if masks:
+                p.copy_(torch.where(masks[name], p, before[name]))
+
+
+def largest(change: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    flat = torch.cat([change[name].flatten() for name in SIZES])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[flat.argsort(descending=True, stable=True)[:k]] = True
+    parts = chosen.split(list(SIZES.values()))
+    return {name: part.view(change[name].shape) for name, part in zip(SIZES, parts, strict=True)}
+
+
+def lottery(k: int = 40, **second: Any) -> PhaseUnfreeze:
+    chosen = Phase(train="head", score="change", density=k, scope=LINEAR, restart=True, **second)
+    return PhaseUnfreeze([Phase("8 steps"), chosen])
+
+
+@pytest.mark.parametrize("engine", ["compact", "dense"])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_lottery_is_dense_training_then_the_largest_changes_alone_from_the_first_weights(
+    engine: str, norm: str
+) -> None:
+    plain, batches = Net(norm).train(), endless()
+    start = {name: value.clone() for name, value in plain.state_dict().items()}
+    dense = adamw(plain)
+    for _ in range(8):
+        step(plain, dense, next(batches))
+    change = {name: (plain.get_parameter(name) - start[name]).detach().abs() for name in SIZES}
+    masks = {
+        name: torch.full_like(p, name in names(plain, "head"), dtype=torch.bool) for name, p in weights(plain).items()
+    }
+    masks |= largest(change, 40)
+    plain.load_state_dict(start)
+    for block in plain.blocks:
+        block.norm.eval()  # held whole: its statistics do not move
+    again = adamw(plain, lr=0.01)
+    for _ in range(8):
+        step(plain, again, next(batches), masks)
+
+    net, report = Net(norm), RunReport()
+    phases = lottery(lr_scale=0.5, engine=engine)
+    fit(net, phases, report)
+    assert all(torch.equal(phases.masks[name], mask) for name, mask in masks.items())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+    moved = {name: net.get_parameter(name) != start[name] for name in masks}
+    assert not any(bool((moved[name] & ~mask).any()) for name, mask in masks.items())
+    assert report.results()["held_changed"] == 0
+    assert report.results()["held_checked"] > 300
+
+
+def test_lottery_goes_back_to_the_start_from_the_best_weights_of_the_phase_before() -> None:
+    """The mask is chosen from the best weights, not from the last."""
+    scores = [3.0, 1.0, 2.0, 4.0, 0.0, 0.0]
+    until = {"monitor": "val/score", "patience": 2}
+    ended = PhaseUnfreeze([Phase(until, restore_best=True), Phase(score="change", density=40, scope=LINEAR)])
+    again = PhaseUnfreeze(
+        [Phase(until, restore_best=True), Phase(score="change", density=40, scope=LINEAR, restart=True)]
+    )
+    seen = []
+    for phases in (ended, again):
+        net, watch = Net(value=lambda epoch: scores[epoch]), Watch()
+        fit(net, phases, watch, val=True, max_epochs=6, limit_train_batches=2)
+        seen.append(watch.weights)
+        assert [entry["step"] for entry in phases.history] == [0, 8]
+    best = {name: (seen[0][4][name] - seen[0][0][name]).abs() for name in SIZES}
+    for name, mask in largest(best, 40).items():
+        assert torch.equal(ended.masks[name], mask)
+        assert torch.equal(again.masks[name], mask)
+    for name, value in seen[1][9].items():
+        assert torch.equal(value[~again.masks[name]], seen[1][0][name][~again.masks[name]])
+
+
+def test_restarting_revives_nothing_that_is_pruned() -> None:
+    net, watch = Net(), Watch()
+    start = weights(net)
+    prune = PruneMask(0.5, scope="blocks.*.lin.weight", start="2 steps", end="6 steps", every="2 steps")
+    phases = lottery(k=60)
+    fit(net, prune, phases, watch)
+    for done in range(7, 17):
+        zeros = sum(int((watch.weights[done][f"blocks.{i}.lin.weight"] == 0).sum()) for i in (0, 1))
+        assert zeros == 144, done
+    for name, mask in prune.masks.items():
+        assert not bool((phases.masks[name] & ~mask).any())  # the largest change of all is to be pruned
+        held = mask & ~phases.masks[name]
+        assert bool((net.get_parameter(name)[~mask].view(torch.int32) == 0).all())
+        assert torch.equal(net.get_parameter(name)[held], start[name][held])
+
+
+@pytest.mark.parametrize("make", ["SGD", "Adagrad", "RMSprop", "NAdam", "LBFGS"])
+def test_moments_of_every_optimizer_start_afresh(make: str) -> None:
+    """A restarted phase that trains everything is the first phase again, on the batches that follow."""
+    made = {
+        "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, fused=True),
+        "Adagrad": lambda net: torch.optim.Adagrad(net.parameters(), lr=0.05, initial_accumulator_value=0.1),
+        "RMSprop": lambda net: torch.optim.RMSprop(net.parameters(), lr=0.01, momentum=0.5),
+        "NAdam": lambda net: torch.optim.NAdam(net.parameters(), lr=0.01),
+        "LBFGS": lambda net: torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3),
+    }[make]
+    watch = Watch()
+    phases = PhaseUnfreeze(
+        [Phase("3 steps"), Phase("8 steps", train="*", lr_scale=0.5), Phase(train="*", restart=True)]
+    )
+    fit(Net(make=made), phases, watch)  # the second epoch has the batches of the first
+    for i in range(1, 4):
+        assert not changed(watch.weights[i], watch.weights[8 + i]), i
+
+
+def test_statistics_that_weight_averaging_guards_go_back_too() -> None:
+    """Trained in the first phase, held in the second, held again after the restart: at the value of the start."""
+    net = Net("batch")
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    phases = PhaseUnfreeze([Phase("4 steps"), Phase("6 steps", train="head"), Phase(train="head", restart=True)])
+    fit(net, EMAWeightAveraging(decay=0.5), phases)
+    for name, value in net.state_dict().items():
+        assert name.startswith("head") != torch.equal(value, start[name]), name
+
+
+def test_the_schedule_as_yaml_and_a_run_that_goes_on_restart_too(tmp_path: Path) -> None:
+    from lightning_mask.callbacks.phase import write_phases
+
+    given = lottery(lr_scale=0.5, warmup="2 steps")
+    write_phases(given.phases, tmp_path / "lottery.yaml")
+    read = PhaseUnfreeze(tmp_path / "lottery.yaml")
+    assert [phase.restart for phase in read.phases] == [False, True]
+    whole = Net("batch")
+    fit(whole, read, max_epochs=3)
+    first = Net("batch")
+    fit(first, lottery(lr_scale=0.5, warmup="2 steps"), max_epochs=1).save_checkpoint("first.ckpt")
+    net = Net("batch")
+    fit(net, lottery(lr_scale=0.5, warmup="2 steps"), max_epochs=3, ckpt="first.ckpt")
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_what_cannot_restart_is_refused() -> None:
+    with pytest.raises(ValueError, match="phase 0 begins with training itself; leave its restart out"):
+        PhaseUnfreeze([Phase("4 steps", train="head", restart=True), Phase()])
+    fit(Net(), PhaseUnfreeze([Phase("12 steps"), Phase(train="head")]), max_epochs=1).save_checkpoint("plain.ckpt")
+    edited = PhaseUnfreeze([Phase("12 steps"), Phase(train="head", restart=True, name="again")])
+    with pytest.raises(ValueError, match=r"again has restart=True, and the checkpoint .* leave restart out, or start"):
+        fit(Net(), edited, max_epochs=2, ckpt="plain.ckpt")
+    late = PhaseUnfreeze([Phase("12 steps"), Phase(score="change", density=10, scope=LINEAR)])
+    with pytest.raises(ValueError, match="needs the weights from the start of training, and none were kept"):
+        fit(Net(), late, max_epochs=2, ckpt="plain.ckpt")
+
+
+def test_freeze_masks_stay_in_force_when_a_phase_without_a_selection_restarts() -> None:
+    net = Net()
+    start = weights(net)
+    freeze = FreezeMask("head", score="random", density=30, scope=LINEAR)
+    phases = PhaseUnfreeze([Phase("8 steps", train="*"), Phase(restart=True)])
+    fit(net, freeze, phases)
+    for name, mask in freeze.masks.items():
+        assert torch.equal(net.get_parameter(name)[~mask], start[name][~mask]), name
+    assert changed(start, weights(net)) > names(net, "head")
