@@ -43,13 +43,14 @@ def test_two_ranks_score_as_one_process_with_all_their_batches(found: Found, sco
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", sorted({*CRITERIA} - {"grasp"}))
+@pytest.mark.parametrize("score", sorted({*CRITERIA} - {"grasp", "synflow"}))
 def test_sharded_parameters_are_scored_as_whole_ones(found: Found, score: str) -> None:
     assert_ranks_agree(found, score, "sharded", "joined", JOINED)
 
 
 @pytest.mark.slow
 def test_what_sharded_parameters_cannot_give_is_said(found: Found) -> None:
+    assert "synflow runs the network with other weights, which sharded" in str(found["sharded0"]["synflow"])
     assert str(found["sharded0"]["grasp"]).startswith(
         "grasp needs gradients of gradients, which sharded parameters do not"
     )

@@ -5,7 +5,7 @@ Gradients and activations are taken in eval mode (no dropout noise, batch statis
 alone; scores that were made from data are averaged over ranks before they are ranked.
 """
 
-from lightning_mask.core.criteria import activations, gradients, training, weights
+from lightning_mask.core.criteria import activations, flow, gradients, training, weights
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.criteria.registry import (
     CRITERIA,
@@ -28,6 +28,7 @@ __all__ = [
     "activations",
     "compute",
     "criterion",
+    "flow",
     "get",
     "gradients",
     "may_need_reference",

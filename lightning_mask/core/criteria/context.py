@@ -105,7 +105,7 @@ class Context:
         Raises:
             ValueError: If there is no batch.
         """
-        with _ready_for_gradients(self.model, []):
+        with eval_mode(self.model):
             seen = 0
             for batch in self.batches:
                 with torch.no_grad():
@@ -181,16 +181,25 @@ def _named(params: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> dict
 
 
 @contextmanager
-def _ready_for_gradients(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode; every module's own mode is as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    frozen = [t for t in tensors if not t.requires_grad]
     model.eval()
-    for tensor in frozen:
-        tensor.requires_grad_(True)
     try:
         yield
     finally:
-        for tensor in frozen:
-            tensor.requires_grad_(False)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _ready_for_gradients(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+    frozen = [t for t in tensors if not t.requires_grad]
+    with eval_mode(model):
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for tensor in frozen:
+                tensor.requires_grad_(False)
