@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from lightning_mask.callbacks import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask.callbacks import FreezeMask, GradientMask, Phase, PhaseUnfreeze, PruneMask
 from lightning_mask.core import MaskSet, criterion
 
 try:
@@ -10,4 +10,4 @@ try:
 except PackageNotFoundError:  # imported from a checkout that is not installed
     __version__ = "0.0.0"
 
-__all__ = ["FreezeMask", "MaskSet", "Phase", "PhaseUnfreeze", "PruneMask", "criterion"]
+__all__ = ["FreezeMask", "GradientMask", "MaskSet", "Phase", "PhaseUnfreeze", "PruneMask", "criterion"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from lightning_mask.callbacks.session import Session
 from lightning_mask.callbacks.sharded import give_back, take_over
@@ -25,7 +26,7 @@ def plain(value: Any) -> Any:
 
 
 class MaskCallback(Callback):
-    """Base of the three callbacks; the hooks are those of the session and run once for all of them."""
+    """Base of the mask callbacks; the hooks are those of the session and run once for all of them."""
 
     engine: str = "auto"
     needs_reference: bool = False
@@ -84,6 +85,9 @@ class MaskCallback(Callback):
         """Choose new masks when it is time, between two steps; return why, or None when nothing changed."""
         return None
 
+    def before_step(self, session: Session, optimizer: Optimizer) -> None:
+        """Change the gradients that ``optimizer`` is about to take; the masks have been applied to them."""
+
     # Lightning's hooks.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,7 +125,7 @@ class MaskCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Apply the masks where no backward of Lightning's came before this step."""
         if self._leads and self._session:
-            self._session.before_step()
+            self._session.before_step(optimizer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make weight averages exact before they are looked at."""

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_mask.callbacks import calibration, random_state
@@ -279,12 +280,14 @@ class Session:
         if not self._in_window:
             self._apply()
 
-    def before_step(self) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
         """Do the same where a step comes without it: the last micro-batch has no loss, or the user calls ``backward``."""
         if not self._applied:
             self._in_window = False
             self._apply()
         self._applied = False
+        for member in self.members:
+            member.before_step(self, optimizer)
 
     def _apply(self) -> None:
         assert self.engine is not None

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_mask.core.ages import Ages, corrects_bias
 from lightning_mask.core.compact import BREAK_EVEN, LINES_FROM, Compact, Lines, Slots, is_compact, servable, widen_state
 from lightning_mask.core.holders import Holder, make_holder
-from lightning_mask.core.maskset import MaskSet, active
+from lightning_mask.core.maskset import MaskSet, active, indices
 from lightning_mask.core.norms import HeldNorms
 from lightning_mask.core.optimizers import (
     RateFactors,
@@ -159,6 +159,25 @@ class MaskEngine:
             if gradient.is_sparse:
                 raise ValueError(f"{name} is held in part and has a sparse gradient; make its layer with sparse=False.")
             holder.mask_gradient(local(gradient))
+
+    def gradients(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Yield, after :meth:`after_backward`, what ``optimizer`` takes as the gradient of each tensor that has one.
+
+        Returns:
+            The parameter's name; this rank's part of the gradient, to be changed in place; and where the active entries
+            stand in it, flat, in the order in which they stand in the parameter (None: everywhere).
+        """
+        for name, parameter in self._parameters.items():
+            gradient = self._in_optimizer(name).grad
+            if gradient is None or not any(owner is optimizer for owner in self._owners.get(id(parameter), [])):
+                continue
+            places = None
+            if name in self._compact:
+                slots = self._compact[name].slots
+                places = slots.places() if isinstance(slots, Slots) else None
+            elif name in self._holders:
+                places = indices(part(self.masks[name], parameter))
+            yield name, local(gradient), places
 
     @torch.no_grad()
     def update(self, masks: Mapping[str, Tensor], zero: Mapping[str, Tensor] | None = None) -> None:

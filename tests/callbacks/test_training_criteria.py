@@ -1,17 +1,22 @@
-"""Strategies that act while training goes on, against loops written by hand: the lottery ticket of LT-SFT."""
+"""Strategies that act while training goes on, against loops written by hand: the lottery ticket of LT-SFT,
+Child-Tuning-F, LISA."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from mask_nets import Net, Watch, changed, fit, loader, names, weights
 from torch import Tensor
 
-from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask import FreezeMask, GradientMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 from lightning_mask.callbacks import RunReport
+from lightning_mask.core import MaskEngine
+from lightning_mask.core.gradient_mask import mask_gradients
 
 LINEAR = ["type:Linear", "!*.bias", "!head"]
 SIZES = {"stem.weight": 96, "blocks.0.lin.weight": 144, "blocks.1.lin.weight": 144}
@@ -82,8 +87,8 @@ def test_lottery_is_dense_training_then_the_largest_changes_alone_from_the_first
     assert all(torch.equal(phases.masks[name], mask) for name, mask in masks.items())
     for name, value in plain.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
-    moved = {name: net.get_parameter(name) != start[name] for name in masks}
-    assert not any(bool((moved[name] & ~mask).any()) for name, mask in masks.items())
+    now = weights(net)
+    assert not any(bool(((now[name] != start[name]) & ~mask).any()) for name, mask in masks.items())
     assert report.results()["held_changed"] == 0
     assert report.results()["held_checked"] > 300
 
@@ -192,3 +197,159 @@ def test_freeze_masks_stay_in_force_when_a_phase_without_a_selection_restarts() 
     for name, mask in freeze.masks.items():
         assert torch.equal(net.get_parameter(name)[~mask], start[name][~mask]), name
     assert changed(start, weights(net)) > names(net, "head")
+
+
+class Spy(pl.Callback):
+    """The gradients that the optimizer is about to take; stands behind the mask callbacks."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_count_are_drawn_anew_each_step_and_the_optimizer_goes_on(accumulate: int) -> None:
+    """Child-Tuning-F with AdamW: ``g * m / p``; moments and weight decay move the others too."""
+    net, spy, p = Net(), Spy(), 0.3
+    fit(net, GradientMask(p, seed=3), spy, accumulate_grad_batches=accumulate)
+    assert len(spy.seen) == 16 // accumulate
+    plain, batches = Net(), endless()
+    optimizer = adamw(plain)
+    for seen in spy.seen:
+        optimizer.zero_grad()
+        for _ in range(accumulate):
+            (plain.loss(next(batches)) / accumulate).backward()
+        for name, tensor in plain.named_parameters():
+            counts = seen[name] != 0
+            tensor.grad = torch.where(counts, tensor.grad, 0) / p  # type: ignore[arg-type]
+            assert torch.equal(tensor.grad, seen[name]), name
+        optimizer.step()
+    assert not changed(weights(plain), weights(net))
+
+    draws = torch.stack([torch.cat([g.flatten() for g in seen.values()]) != 0 for seen in spy.seen]).float()
+    full = draws.any(0)  # some units of the network are dead
+    draws = draws[:, full]
+    assert abs(float(draws.mean()) - p) < 4 * (p * (1 - p) / draws.numel()) ** 0.5
+    later = (draws[1:] * draws[:-1]).mean()  # of two steps
+    assert abs(float(later) - p * p) < 4 * (p * p / draws[1:].numel()) ** 0.5
+    one, other = (torch.stack([seen[f"blocks.{i}.lin.weight"] != 0 for seen in spy.seen]) for i in (0, 1))
+    assert not torch.equal(one, other)  # of two tensors of one shape
+
+
+def test_gradients_of_held_and_pruned_entries_stay_out_of_it_however_they_are_held() -> None:
+    ends: list[dict[str, Tensor]] = []
+    for engine in ("compact", "dense"):
+        net = Net()
+        start = weights(net)
+        freeze = FreezeMask("head", score="random", density=0.3, scope=["stem", "blocks"], engine=engine)
+        prune = PruneMask(0.2, scope="blocks.1.lin.weight", start="3 steps", end="9 steps", every="2 steps")
+        clip = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
+        fit(net, GradientMask(0.5, scope=["*", "!head"]), freeze, prune, **clip)
+        now = weights(net)
+        for name, mask in freeze.masks.items():
+            alive = prune.masks.get(name, torch.ones_like(mask))
+            assert torch.equal(now[name][~mask & alive], start[name][~mask & alive]), name
+            assert bool((now[name][~alive].view(torch.int32) == 0).all())
+        ends.append(now)
+    assert not changed(*ends)
+    plain = Net()
+    fit(plain, FreezeMask("head", score="random", density=0.3, scope=["stem", "blocks"]))
+    assert changed(ends[0], weights(plain)) > names(plain, "head")
+
+
+def test_tensors_out_of_scope_keep_their_whole_gradients_also_in_manual_optimization() -> None:
+    class Manual(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()  # type: ignore[union-attr]
+            for _ in range(2):  # two backward passes a step
+                self.manual_backward(self.loss(batch))
+            optimizer.step()  # type: ignore[union-attr]
+            return self.loss(batch)
+
+    spy, twice = Spy(), Spy()
+    fit(Manual(), GradientMask(0.5, scope="blocks"), spy, max_steps=4)
+    fit(Manual(), twice, max_steps=4)
+    for name, gradient in spy.seen[0].items():
+        whole = twice.seen[0][name]
+        if name.startswith("blocks"):
+            counts = gradient != 0
+            assert torch.equal(gradient, torch.where(counts, whole, 0) / 0.5), name
+        else:
+            assert torch.equal(gradient, whole), name
+    assert 0.35 < float((spy.seen[0]["blocks.0.norm.bias"] != 0).float().mean()) < 0.9
+
+
+def test_an_overflow_in_a_gradient_that_does_not_count_reaches_nothing() -> None:
+    model = torch.nn.Linear(100, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = MaskEngine(model, optimizer, MaskSet({}))
+    model.weight.grad, model.bias.grad = torch.full((10, 100), torch.inf), torch.ones(10)
+    mask_gradients(engine, optimizer, {"weight"}, 0.25, seed=0)
+    values, counts = model.weight.grad.unique(return_counts=True)
+    assert values.tolist() == [0.0, torch.inf]
+    assert 190 < int(counts[1]) < 310
+    assert bool((model.bias.grad == 1).all())
+    model.bias.grad = torch.ones(10).to_sparse()
+    with pytest.raises(ValueError, match="GradientMask: bias has a sparse gradient; make its layer with sparse=False"):
+        mask_gradients(engine, optimizer, {"bias"}, 0.25, seed=0)
+
+
+@pytest.mark.parametrize("density", [0, 0.0, 1.5, "0.3", True])
+def test_a_gradient_mask_takes_a_probability(density: Any) -> None:
+    with pytest.raises(ValueError, match=r"GradientMask: density=.* must be a probability in"):
+        GradientMask(density)
+    with pytest.raises(ValueError, match=r"GradientMask: scope.*'boddy' matches no parameter"):
+        fit(Net(), GradientMask(0.3, scope="boddy"), max_steps=1)
+
+
+def test_lisa_draws_its_blocks_anew_and_drops_the_moments_of_what_it_holds() -> None:
+    net, watch = Net(), Watch()
+    lisa = FreezeMask("head", score="random", density=0.5, scope="layers:0:", structure="layer", refresh="2 steps")
+    states: list[dict[str, float]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            state = trainer.optimizers[0].state
+            states.append({n: float(state[p]["step"]) for n, p in pl_module.named_parameters() if p in state})
+
+    fit(net, lisa, watch, Look(), max_steps=24)
+    drawn = []
+    for i in range(0, 24, 2):
+        blocks = {name.split(".")[1] for name in watch.moved_at(i) if name.startswith("blocks")}
+        assert len(blocks) == 1, i
+        assert watch.moved_at(i) == watch.moved_at(i + 1) == names(net, "head", f"blocks.{next(iter(blocks))}."), i
+        drawn += blocks
+        since = next(n for n, block in enumerate([*drawn[::-1], None]) if block != drawn[-1])  # how often in a row
+        for step, ages in ((i, states[i]), (i + 1, states[i + 1])):
+            assert set(ages) == watch.moved_at(i), step
+            assert {ages[n] for n in ages if n.startswith("blocks")} == {2.0 * (since - 1) + 1 + step % 2}, step
+            assert ages["head.weight"] == step + 1
+    assert set(drawn) == {"0", "1"}
+    assert any(a == b for a, b in pairwise(drawn))
+
+
+def test_a_gradient_mask_draws_for_an_entry_what_it_draws_however_the_entry_is_held() -> None:
+    """Also where the compact tensor is filled up to whole vectors, as 143 entries are."""
+    ends = []
+    for way in ("compact", "dense"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(13, 11, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        mask = torch.rand(11, 13) < 0.3
+        engine = MaskEngine(model, optimizer, MaskSet({"weight": mask}), engine=way)
+        assert engine.summary()[0].held_by == way
+        for i in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(4, 13)).square().mean().backward()
+            engine.after_backward()
+            mask_gradients(engine, optimizer, {"weight"}, 0.5, seed=i)
+            optimizer.step()
+        ends.append(model.weight.detach().clone())
+    assert torch.equal(*ends)

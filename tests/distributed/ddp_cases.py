@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from little import Data, Little, save, trainer, weights
 from torch import Tensor, nn
 
-from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask import FreezeMask, GradientMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 
 HEAD = ["head"]
 PLANS: dict[str, Callable[[], list[Any]]] = {
@@ -51,6 +51,13 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
     ],
     "lottery": lambda: [
         PhaseUnfreeze([Phase("5 steps"), Phase(train=HEAD, score="change", density=60, restart=True, lr_scale=0.5)])
+    ],
+    "lisa": lambda: [
+        FreezeMask(HEAD, score="random", density=0.5, scope="layers:0:", structure="layer", refresh="3 steps")
+    ],
+    "gradient mask": lambda: [
+        GradientMask(0.5, seed=1),
+        PhaseUnfreeze([Phase("5 steps"), Phase(train=HEAD, score="magnitude", density=0.3)]),
     ],
     "thin": lambda: [FreezeMask(score="random", density=0.1, refresh="5 steps")],
     "rows": lambda: [

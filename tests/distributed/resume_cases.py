@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from little import Data, Little, differences, everything, save, trainer
 
-from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask import FreezeMask, GradientMask, Phase, PhaseUnfreeze, PruneMask
 
 
 @dataclass
@@ -126,6 +126,7 @@ CASES: dict[str, Case] = {
         [2, 5, 8],
     ),
     "lottery": Case(lottery, [4, 7, 8, 9, 12], {"norm": "batch", "dropout": 0.1}),
+    "gradient mask": Case(lambda: [GradientMask(0.5, scope=["*", "!head"]), *phases()], [3, 6], {"dropout": 0.1}),
     "plain loader, between epochs": Case(all_together, [4, 8], {"dropout": 0.2}, data={"plain": True}),
     "plain loader, in mid-epoch": Case(
         lambda: [*phases(), PruneMask(0.5, scope="stem.weight", score="random", start="10 steps", schedule="constant")],

@@ -19,6 +19,8 @@ TRAINS = {
     "pruned": [HEAD + 2 * BLOCK] * 10 + [HEAD] * 2,
     "rows": [TOTAL] * 12,
     "lottery": None,
+    "lisa": [HEAD + BLOCK] * 12,
+    "gradient mask": None,
     "thin": None,
     "set": None,
 }
