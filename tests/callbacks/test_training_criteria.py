@@ -286,17 +286,23 @@ def test_tensors_out_of_scope_keep_their_whole_gradients_also_in_manual_optimiza
     assert 0.35 < float((spy.seen[0]["blocks.0.norm.bias"] != 0).float().mean()) < 0.9
 
 
-def test_an_overflow_in_a_gradient_that_does_not_count_reaches_nothing() -> None:
-    model = torch.nn.Linear(100, 10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_overflow_in_a_gradient_that_does_not_count_reaches_nothing(dtype: torch.dtype) -> None:
+    """In every layout and precision."""
+    model = torch.nn.Linear(500, 100, dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = MaskEngine(model, optimizer, MaskSet({}))
-    model.weight.grad, model.bias.grad = torch.full((10, 100), torch.inf), torch.ones(10)
-    mask_gradients(engine, optimizer, {"weight"}, 0.25, seed=0)
-    values, counts = model.weight.grad.unique(return_counts=True)
-    assert values.tolist() == [0.0, torch.inf]
-    assert 190 < int(counts[1]) < 310
-    assert bool((model.bias.grad == 1).all())
-    model.bias.grad = torch.ones(10).to_sparse()
+    ends = []
+    for gradient in (torch.full((100, 500), torch.inf), torch.full((500, 100), torch.inf).t()):
+        model.weight.grad, model.bias.grad = gradient.to(dtype), torch.ones(100, dtype=dtype)
+        mask_gradients(engine, optimizer, {"weight"}, 0.25, seed=0)
+        values, counts = model.weight.grad.unique(return_counts=True)
+        assert values.tolist() == [0.0, torch.inf]
+        assert abs(int(counts[1]) - 12500) < 4 * (50000 * 0.25 * 0.75) ** 0.5
+        assert bool((model.bias.grad == 1).all())
+        ends.append(model.weight.grad.clone())
+    assert torch.equal(*ends)
+    model.bias.grad = torch.ones(100, dtype=dtype).to_sparse()
     with pytest.raises(ValueError, match="GradientMask: bias has a sparse gradient; make its layer with sparse=False"):
         mask_gradients(engine, optimizer, {"bias"}, 0.25, seed=0)
 
