@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_mask.app import errors
 from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint
@@ -75,6 +75,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     started = time.time()
     _quieten()
     _check(cfg)
+    if cfg.train and _is_auto(cfg.get("mask")):
+        from lightning_mask.app.auto import choose  # which trains, and so imports this module
+
+        cfg = choose(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model = _model(cfg, data)
@@ -136,6 +140,8 @@ def _keep(
     summary = summarise(cfg, metrics=metrics, mask=mask, seconds=seconds, tested=tested, world_size=trainer.world_size)
     if getattr(model, "confusion_matrix", None):
         summary["confusion_matrix"] = {"classes": model.class_names, "rows_true": model.confusion_matrix}
+    if "auto" in cfg:
+        summary["auto"] = OmegaConf.to_container(cfg.auto)
     if trainer.is_global_zero:
         write_json(Path(cfg.paths.output_dir) / "summary.json", summary)
     return summary
@@ -149,6 +155,8 @@ def _keep_phases(cfg: DictConfig, callbacks: list[Callback], trainer: Trainer) -
 
 
 def _check(cfg: DictConfig) -> None:
+    if "strategies" in cfg:
+        raise ValueError("The experiment is a comparison of many runs: give it to scripts/compare.py.")
     check_complete(cfg)
     check_types(cfg)
     if HydraConfig.initialized():
@@ -163,6 +171,11 @@ def _check(cfg: DictConfig) -> None:
         raise FileNotFoundError(
             f"There is no checkpoint ckpt_path={cfg.ckpt_path}: give an existing one, or ckpt_path=last."
         )
+
+
+def _is_auto(block: Any) -> bool:
+    """Whether a strategy is yet to be chosen."""
+    return isinstance(block, DictConfig) and str(block.get("_target_")) == "lightning_mask.app.auto.Auto"
 
 
 def _is_file(path: str | None) -> bool:
