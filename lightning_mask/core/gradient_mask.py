@@ -23,7 +23,8 @@ def mask_gradients(engine: MaskEngine, optimizer: Optimizer, names: Collection[s
 
     So the gradient's mean stays what it is: ``E[g * m / p] = g`` for ``m ~ Bernoulli(p)``. Call it once a step, after
     ``engine.after_backward()``; the optimizer then goes on as ever, its moments and weight decay too. The draw depends on
-    the seed, the tensor's name and the entry's place among those that train, and not on how they are held.
+    the seed, the tensor's name and the entry's place among those that train, and not on how they are held; of a sharded
+    tensor each rank draws for its part.
 
     Source: Xu et al., "Raise a Child in Large Language Model" (Child-Tuning-F, 2021), the task-free variant, with the
     scale of its code.

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask import FreezeMask, GradientMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 from lightning_mask.callbacks.report import RunReport
 from lightning_mask.core import MaskEngine
 
@@ -54,6 +54,10 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
     "rewind": lambda: [
         PruneMask(0.7, scope="blocks.1.lin.weight", rewind="2 steps", start="2 steps", end="8 steps", every="3 steps")
     ],
+    "lottery": lambda: [
+        PhaseUnfreeze([Phase("5 steps"), Phase(train="head", score="change", density=60, restart=True, lr_scale=0.5)])
+    ],
+    "gradient mask": lambda: [FreezeMask("head", score="magnitude", density=0.3), GradientMask(0.5)],
     "all together": lambda: [
         FreezeMask(["head", "blocks.1"], score="gradient", density=0.3, scope=["stem", "blocks.0"], batches=2),
         PruneMask(0.5, scope="blocks.1.lin.weight", start="2 steps", end="8 steps", every="2 steps"),
@@ -62,7 +66,17 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
         ),
     ],
 }
-SAME_AS_DDP = ["phases", "magnitude", "random, drawn anew", "one entry", "uniform rows", "columns", "tensors", "2:4"]
+SAME_AS_DDP = [
+    "phases",
+    "lottery",
+    "magnitude",
+    "random, drawn anew",
+    "one entry",
+    "uniform rows",
+    "columns",
+    "tensors",
+    "2:4",
+]
 
 
 class Dealt(Little):
@@ -355,7 +369,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     cases: dict[str, Callable[[], Any]] = {name: lambda n=name: plan(n) for name in PLANS}
     cases["accumulating"] = lambda: plan("magnitude", accumulate_grad_batches=2)
-    for i, name in enumerate(("phases", "all together", "random, drawn anew", "rewind")):
+    for i, name in enumerate(("phases", "all together", "random, drawn anew", "rewind", "lottery", "gradient mask")):
         cases |= {
             f"{name}, {into}": lambda n=name, s=into == "folder", i=i: resume(n, folder / f"{i}{s}", s)
             for into in ("file", "folder")
