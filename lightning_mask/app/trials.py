@@ -1,6 +1,5 @@
 """Many runs of the training application, one after another in this process or through a launcher, each done once."""
 
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from lightning_mask.app import errors
 from lightning_mask.app import train as application
@@ -82,7 +81,7 @@ def run_trials(
         raise ValueError("Two trials share a folder: give each its own.")
     if not trials:
         return []
-    with _loader() as loader:
+    with configs() as loader:
         master = _master(loader, trials, launcher)
         results = [_stored(trial, loader, master, retry_failed) for trial in trials]
         open_ones = [index for index, result in enumerate(results) if result is None]
@@ -101,7 +100,7 @@ def stored(trials: Sequence[Trial], *, retry_failed: bool = False) -> list[dict[
     """Return the results of trials that have one, as :func:`run_trials` does, and None for the others."""
     if not trials:
         return []
-    with _loader() as loader:
+    with configs() as loader:
         master = _master(loader, trials, None)
         found = [_stored(trial, loader, master, retry_failed) for trial in trials]
     return [None if result is None else _public(result) for result in found]
@@ -150,6 +149,24 @@ def run_quietly(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {**_public(result), "folder": str(folder)}
 
 
+def digest(cfg: DictConfig) -> str:
+    """Return a hash of what a composed config makes of a run.
+
+    Without paths, names and tags; and without what is null, so that a new key of the configs, which as a rule changes
+    nothing while it is null, does not make old results worthless.
+    """
+    content = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(content, dict)
+    made = {name: value for name, value in content.items() if name not in ("paths", "task_name", "tags")}
+    return hashlib.sha256(json.dumps(_said(made), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _said(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {str(name): _said(value) for name, value in node.items() if value is not None}
+    return [_said(value) for value in node] if isinstance(node, list) else node
+
+
 @contextmanager
 def _logs_to(file: TextIO) -> Iterator[None]:
     """Send what loggers would print to a file instead."""
@@ -165,10 +182,10 @@ def _logs_to(file: TextIO) -> Iterator[None]:
 
 
 @contextmanager
-def _loader() -> Iterator[ConfigLoader]:
+def configs() -> Iterator[ConfigLoader]:
     """Yield what composes configs: that of the command line, where there is one, with the folders that were added to it."""
     if GlobalHydra.instance().is_initialized():
-        yield GlobalHydra.instance().config_loader()
+        yield GlobalHydra.instance().configconfigs()
         return
     place = application.config_path()
     module = place.removeprefix("pkg://")
@@ -178,7 +195,7 @@ def _loader() -> Iterator[ConfigLoader]:
         else initialize_config_module(module, version_base="1.3")
     )
     with how:
-        yield GlobalHydra.instance().config_loader()
+        yield GlobalHydra.instance().configconfigs()
 
 
 def _master(loader: ConfigLoader, trials: Sequence[Trial], launcher: DictConfig | None) -> DictConfig:
@@ -214,7 +231,8 @@ def _launch(loader: ConfigLoader, master: DictConfig, trials: Sequence[Trial]) -
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=do_trial, config=master)
     jobs = [_words(trial, master) for trial in trials]
     OverridesParser.create().parse_overrides([word for job in jobs for word in job])  # a wrong word: before any job
-    launcher.launch(jobs, initial_job_idx=0)
+    for ended in launcher.launch(jobs, initial_job_idx=0):
+        _ = ended.return_value  # raises what broke a job outside of its trial
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
