@@ -185,7 +185,7 @@ def _logs_to(file: TextIO) -> Iterator[None]:
 def configs() -> Iterator[ConfigLoader]:
     """Yield what composes configs: that of the command line, where there is one, with the folders that were added to it."""
     if GlobalHydra.instance().is_initialized():
-        yield GlobalHydra.instance().configconfigs()
+        yield GlobalHydra.instance().config_loader()
         return
     place = application.config_path()
     module = place.removeprefix("pkg://")
@@ -195,7 +195,7 @@ def configs() -> Iterator[ConfigLoader]:
         else initialize_config_module(module, version_base="1.3")
     )
     with how:
-        yield GlobalHydra.instance().configconfigs()
+        yield GlobalHydra.instance().config_loader()
 
 
 def _master(loader: ConfigLoader, trials: Sequence[Trial], launcher: DictConfig | None) -> DictConfig:
