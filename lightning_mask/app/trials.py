@@ -1,5 +1,6 @@
 """Many runs of the training application, one after another in this process or through a launcher, each done once."""
 
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_mask.app import errors
 from lightning_mask.app import train as application
