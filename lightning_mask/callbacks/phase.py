@@ -20,6 +20,7 @@ from lightning_mask.core.maskset import MaskSet
 from lightning_mask.core.patterns import repeated_blocks
 from lightning_mask.core.schedules import Moment, Plateau, parse_until
 from lightning_mask.core.selection import Selection
+from lightning_mask.core.sharding import is_sharded
 
 _SELECTION = ("train", "score", "density", "scope", "structure", "allocation", "batches", "seed", "mask")
 
@@ -157,18 +158,23 @@ def gradual(module: nn.Module, every: Moment, lr_decay: float) -> list[Phase]:
     return phases
 
 
-def write_phases(phases: Sequence[Phase], path: Path) -> None:
+def write_phases(phases: Sequence[Phase], path: Path, writes: bool = True) -> None:
     """Write phases as YAML that ``PhaseUnfreeze(path)`` reads; under a temporary name first, then renamed.
 
-    A phase's ``MaskSet`` is written beside it, as ``<stem>.<number of the phase>.safetensors``.
+    A phase's ``MaskSet`` is written beside it, as ``<stem>.<number of the phase>.safetensors``. A rank that ``writes`` not
+    takes part all the same where such a mask is dealt out over the ranks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
     given = [phase.to_dict() for phase in phases]
     for i, phase in enumerate(phases):
-        if isinstance(phase.selection.mask, MaskSet):
+        mask = phase.selection.mask
+        if isinstance(mask, MaskSet) and (writes or any(is_sharded(each) for each in mask.values())):
             file = path.with_name(f"{path.stem}.{i}.safetensors").absolute()
-            phase.selection.mask.save(file)
+            mask.save(file)
             given[i]["mask"] = str(file)
+    if not writes:
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(yaml.safe_dump(given, sort_keys=False))
     os.replace(temporary, path)

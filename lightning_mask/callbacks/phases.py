@@ -3,7 +3,7 @@
 import math
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -345,14 +345,14 @@ class PhaseUnfreeze(MaskCallback):
         """Write the resolved phases as YAML into the run's folder, on rank zero."""
         trainer = session.trainer
         folder = trainer.log_dir or trainer.default_root_dir
-        if not trainer.is_global_zero or bool(getattr(trainer, "fast_dev_run", False)) or not trainer.loggers:
+        if bool(getattr(trainer, "fast_dev_run", False)) or not trainer.loggers:
             return
-        write_phases(self.phases, Path(folder) / "phases.yaml")
+        write_phases(self.phases, Path(folder) / "phases.yaml", writes=trainer.is_global_zero)
 
     def own_state(self) -> dict[str, Any]:
         """Return how the phases stand, and their recipes."""
         return {
-            "progress": {**vars(self._progress), "best_weights": _whole(self._progress.best_weights)},
+            "progress": {**vars(self._progress), "best_weights": sharding.gathered(self._progress.best_weights)},
             "history": [dict(entry) for entry in self.history],
             "phases": self._recipes,
         }
@@ -368,10 +368,3 @@ def _trained(module: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     tensors |= dict(module.named_buffers())
     return {n: t.detach().clone() if sharding.is_sharded(t) else t.detach().cpu().clone() for n, t in tensors.items()}
-
-
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, on the CPU, for a checkpoint; a collective where some are sharded."""
-    return {
-        name: sharding.whole(value).cpu() if sharding.is_sharded(value) else value for name, value in tensors.items()
-    }

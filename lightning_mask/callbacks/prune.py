@@ -371,7 +371,7 @@ class PruneMask(MaskCallback):
         return {
             "last": self._last,
             "updated": self._updated,
-            "rewind_to": {name: sharding.whole(value) for name, value in self._rewind_to.items()},
+            "rewind_to": sharding.gathered(self._rewind_to),
             "rewind_due": self._rewind_due,
         }
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -27,12 +27,12 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_mask.callbacks import calibration, random_state
 from lightning_mask.callbacks.ddp import make_wire, rebuild_reducer
 from lightning_mask.callbacks.optimizer_names import arrange
-from lightning_mask.callbacks.sharded import STORED, take_over
+from lightning_mask.callbacks.sharded import STORED, state_of, take_over
 from lightning_mask.core import sharding
 from lightning_mask.core.criteria import Context, named_seed
 from lightning_mask.core.distributed import require_equal, require_equal_masks
 from lightning_mask.core.engine import MaskEngine
-from lightning_mask.core.maskset import MaskSet, both, full
+from lightning_mask.core.maskset import MaskSet, active, both, full
 from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.schedules import Run
 from lightning_mask.core.selection import Selection, select
@@ -97,7 +97,7 @@ class Session:
     @property
     def sharded(self) -> bool:
         """Whether the parameters are dealt out over the ranks."""
-        return any(sharding.is_sharded(p) for p in self.module.parameters())
+        return sharding.deals_out(self.module)
 
     @property
     def trainable(self) -> set[str]:
@@ -186,12 +186,10 @@ class Session:
             masks = select(selection, self.module, Context(self.module))
             if not masks.count():
                 raise ValueError(f"{where} trains nothing; let it name at least one tensor.")
-            trained = [name for name, mask in masks.items() if bool(mask.any())]
+            trained = [name for name, mask in masks.items() if active(mask)]
         else:
             whole = select(Selection(train=selection.train or ()), self.module, Context(self.module))
-            trained = [n for n, m in whole.items() if bool(m.any())] + selection.scope_names(
-                self.module, self.trainable
-            )
+            trained = [n for n, m in whole.items() if active(m)] + selection.scope_names(self.module, self.trainable)
         for name in trained:
             if name not in self.owned:
                 raise ValueError(
@@ -221,6 +219,7 @@ class Session:
             calibration.begin_epoch_again(self.trainer)
         for member in self.members:
             member._shared, member._restored = None, False
+        self._checkpoint = None  # under FSDP2 it came after the check
         self.tell("on_masks_changed", "start")
         for line in self.how_held():
             self.say(line)
@@ -327,6 +326,10 @@ class Session:
         }
         if self.sharded:  # its weights were made exact before they were taken, and a folder has no place for the groups
             checkpoint[STORED]["groups"] = [o.state_dict()["param_groups"] for o in self.trainer.optimizers]
+            strategy = self.trainer.strategy
+            if self.closed and isinstance(strategy, ModelParallelStrategy):  # it has saved in its own way
+                states = [state_of(self.engine, optimizer, strategy) for optimizer in self.trainer.optimizers]
+                checkpoint["optimizer_states"] = states
             return
         self.engine.correct(checkpoint["state_dict"])
         current = checkpoint.get("current_model_state")  # WeightAveraging keeps the model's own weights there
@@ -370,9 +373,7 @@ class Session:
         """Return what is saved once for all members; of a sharded model, rank 0 gets the reference weights whole."""
         state: dict[str, Any] = {"random": random_state.collect()}
         if self.reference is not None:
-            whole = ((name, sharding.whole(value)) for name, value in self.reference.items())
-            kept = {name: value.cpu() for name, value in whole if self.trainer.is_global_zero} if self.sharded else None
-            state["reference"] = self.reference if kept is None else kept
+            state["reference"] = sharding.gathered(self.reference)
         return state
 
     # Masks in force.

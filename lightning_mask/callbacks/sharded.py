@@ -29,7 +29,7 @@ from lightning_mask.core.engine import MaskEngine
 from lightning_mask.core.maskset import MaskSet
 from lightning_mask.core.optimizers import initial_value, parameters_of
 from lightning_mask.core.rows import whole_lines
-from lightning_mask.core.sharding import part, whole, wrap
+from lightning_mask.core.sharding import part, totals, whole, wrap
 
 STORED = "lightning_mask"
 """The key in a checkpoint of what it takes to read the optimizers' state in it."""
@@ -63,11 +63,11 @@ def take_over(trainer: Trainer, module: LightningModule, engine: Callable[[], Ma
             optimizer = optimizer.optimizer
         if holds is None:
             return save_state(optimizer)
-        return _state_of(holds, optimizer, sharded=strategy._save_distributed_checkpoint)
+        return state_of(holds, optimizer, strategy)
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(strategy.broadcast(checkpoint_path))
-        if STORED not in _rest_of(path):
+        if STORED not in _rest_of(path, weights_only is not False):
             return load(checkpoint_path, weights_only=weights_only)
         optimizers, strategy._optimizers = strategy._optimizers, []
         try:
@@ -88,25 +88,36 @@ def give_back(strategy: Strategy) -> None:
         strategy.__dict__.pop(method, None)
 
 
-def _rest_of(path: Path) -> dict[str, Any]:
+def _rest_of(path: Path, weights_only: bool) -> dict[str, Any]:
     """What a checkpoint holds besides the tensors of model and optimizers, or all of it, not read from disk yet."""
     file = path / "meta.pt" if path.is_dir() else path
-    return torch.load(file, mmap=True, map_location="cpu", weights_only=True)
+    return torch.load(file, mmap=True, map_location="cpu", weights_only=weights_only)
 
 
-def _state_of(engine: MaskEngine, optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
-    """The optimizer's ``state_dict``; with parameter names in place of numbers, and its shards, if it goes into a folder."""
+def state_of(engine: MaskEngine, optimizer: Optimizer, strategy: ModelParallelStrategy) -> dict[str, Any]:
+    """Return the optimizer's state for a checkpoint, as this file says; a collective.
+
+    Returns:
+        For one file, its ``state_dict`` with whole tensors, on rank 0 alone; for a folder, this rank's shards, by name.
+    """
+    sharded = strategy._save_distributed_checkpoint
     packed, names = optimizer.state_dict(), engine.names()[engine.optimizers.index(optimizer)]
     state: dict[Any, dict[str, Any]] = {}
     for position, values in packed["state"].items():
         name = names[position]
         known = engine.whole_state(name) or values
-        state[name if sharded else position] = {
-            key: value if sharded or not isinstance(value, Tensor) else whole(value).cpu()
-            for key, value in known.items()
-        }
+        if sharded:
+            state[name] = known
+            continue
+        all_of_it = ((key, whole(value) if isinstance(value, Tensor) else value) for key, value in known.items())
+        kept = {key: _on_cpu(value) for key, value in all_of_it if strategy.is_global_zero}
+        state |= {position: kept} if strategy.is_global_zero else {}
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in packed["param_groups"]]
     return {"state": state, "param_groups": groups if sharded else packed["param_groups"]}
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _load_states(checkpoint: dict[str, Any], path: Path, optimizers: list[Optimizer], module: nn.Module) -> None:
@@ -138,7 +149,8 @@ def _mine(value: Any, parameter: Tensor, stored: Tensor | None, optimizer: Optim
         for slots in (Slots(stored), None if lines is None else Lines(stored.shape, *lines)):
             if slots is not None and value.shape == slots.compact_shape != tuple(parameter.shape):
                 dense = slots.scatter(value, initial_value(optimizer, parameter, key))
-                return Slots(part(stored, parameter)).gather(part(dense, parameter))
+                mine = Slots(part(stored, parameter)).gather(part(dense, parameter))
+                return wrap(mine, parameter, totals([len(mine)], parameter))
     if value.shape == parameter.shape and value.dim():
         return wrap(part(value, parameter).clone(), parameter)
     return value

@@ -318,9 +318,14 @@ class Compact:
 
 
 def is_compact(state: dict[str, Any], parameter: Tensor, slots: Slots | Lines) -> bool:
-    """Whether an optimizer's state is of the active entries alone (a dense tensor is never of a compact one's size)."""
-    dense = tuple(local(parameter).shape)
-    return any(isinstance(v, Tensor) and local(v).shape == slots.compact_shape != dense for v in state.values())
+    """Whether an optimizer's state is of the active entries alone (a dense tensor is never of a compact one's size).
+
+    Of a sharded one the sizes of all ranks together say it: a rank's part of a vector may be as large either way.
+    """
+    if is_sharded(parameter):
+        return any(isinstance(v, Tensor) and is_sharded(v) and v.shape != parameter.shape for v in state.values())
+    dense = tuple(parameter.shape)
+    return any(isinstance(v, Tensor) and v.shape == slots.compact_shape != dense for v in state.values())
 
 
 def widen_state(optimizer: Optimizer, parameter: Tensor, slots: Slots | Lines) -> None:

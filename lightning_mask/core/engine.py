@@ -25,7 +25,7 @@ from lightning_mask.core.optimizers import (
 )
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.rows import supports, whole_lines
-from lightning_mask.core.sharding import check_layout, equal, is_sharded, local, part, reshard, shard, totals
+from lightning_mask.core.sharding import check_layout, equal, is_sharded, local, offloaded, part, reshard, shard, totals
 
 ENGINES = ("auto", "compact", "dense")
 
@@ -271,7 +271,7 @@ class MaskEngine:
         """Return, one line each, why tensors of which some entries are active are not held as ``engine`` says."""
         by_reason: dict[str, list[str]] = {}
         for name in self._holders if self._way == "compact" else []:
-            if self.masks[name].any():
+            if active(self.masks[name]):
                 by_reason.setdefault(self._refused.get(name, "most of its entries are active"), []).append(name)
         return [
             f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: dense, as {reason}"
@@ -477,14 +477,15 @@ class MaskEngine:
             reason = servable(owners[0], parameter) if len(owners) == 1 else "several optimizers hold it"
             if getattr(self.model.get_submodule(name.rpartition(".")[0]), "max_norm", None) is not None:
                 reason = "its Embedding writes to it (max_norm)"
-            by_lines = reason is None and self._early and not is_sharded(parameter)
+            early = self._early and not offloaded(parameter)  # a gradient on its way to the CPU is not there yet
+            by_lines = reason is None and early and not is_sharded(parameter)
             module, lines = self._lines(name, mask) if by_lines else (None, None)
             slots = lines or Slots(mask) if reason is None else None
             if slots is not None and totals([slots.size], parameter)[0] <= BREAK_EVEN * parameter.numel():
                 state = owners[0].state.get(parameter, {})
                 if name in self._stored and not is_compact(state, parameter, slots):
                     self._widen(name)
-                self._compact[name] = Compact(name, parameter, slots, owners[0], self._early, module)
+                self._compact[name] = Compact(name, parameter, slots, owners[0], early, module)
                 return
             self._refused[name] = reason or "it is too small to gain by anything else"
         if name in self._stored:

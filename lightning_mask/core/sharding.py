@@ -7,7 +7,7 @@ go through :func:`totals`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each rank holds a part of ``tensor``."""
     return isinstance(tensor, DTensor)
+
+
+def deals_out(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` deals parameters of ``model`` out, also where gathered ones stand in their place just now."""
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(is_sharded(p) for p in model.parameters())
+
+
+def offloaded(tensor: Tensor) -> bool:
+    """Whether the parts of a sharded tensor lie on the CPU and its ranks are on other devices (``CPUOffloadPolicy``)."""
+    return isinstance(tensor, DTensor) and tensor.device.type != tensor.device_mesh.device_type
 
 
 def check_layout(name: str, tensor: Tensor) -> None:
@@ -108,6 +118,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, for a checkpoint, tensors as they are; sharded ones whole and on the CPU, on rank 0 of all alone.
+
+    A collective where some are sharded; one of them at a time is whole on the other ranks.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if value is tensor or dist.get_rank() == 0:
+            found[name] = value if value is tensor else value.cpu()
+    return found
+
+
 def totals(numbers: Sequence[int], like: Tensor) -> list[int]:
     """Return the sum over the ranks that share ``like`` of each number; a collective where it is sharded."""
     if not isinstance(like, DTensor):
@@ -139,7 +162,9 @@ def count(mask: Tensor) -> int:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two masks are equal, on all ranks; ``b`` may be whole where ``a`` is sharded."""
+    """Whether two masks are equal, on all ranks; one may be whole where the other is sharded."""
+    if is_sharded(b) and not is_sharded(a):
+        a, b = b, a
     return totals([int(not torch.equal(local(a), part(b, a)))], a)[0] == 0
 
 

@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from forks import run_ranks
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from little import Data, Little, differences, trainer
 from torch import Tensor, nn
@@ -103,6 +105,64 @@ class Dealt(Little):
             for layer in (*self.blocks, self.head):
                 fully_shard(layer, mesh=mesh)
             fully_shard(self, mesh=mesh)
+
+
+class Wide(Dealt):
+    """With a vector of 24 entries: a rank's 12 fill one vector of the optimizer's kernels, also where one of them trains."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.stem = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 12))
+
+    masks = MaskSet(
+        {
+            "stem.0.bias": torch.arange(24) == 3,
+            "stem.0.weight": torch.arange(24 * 8).view(24, 8) % 7 == 0,
+            "head.weight": torch.ones(3, 12, dtype=torch.bool),
+        }
+    )
+
+
+class ByHand(Dealt):
+    """Two optimizers, stepped by the module itself."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.parameters())
+        adam = torch.optim.AdamW(parameters[::2], lr=0.02, weight_decay=0.1)
+        return [adam, torch.optim.SGD(parameters[1::2], lr=0.1, momentum=0.9)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch["x"]), batch["y"]))
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+class WithoutScale(Dealt):
+    """Its optimizer does not hold the vector of one entry, of which the second rank has none."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p is not self.scale], lr=0.1)
+
+
+class Tested(Dealt):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("out", self(batch["x"]).sum())
+
+
+class TestData(Data):
+    __test__ = False
+
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
@@ -213,13 +273,16 @@ class Save(Callback):
 def state(run: Any, net: nn.Module, callbacks: list[Any]) -> dict[str, Any]:
     """Weights, optimizer state by name, masks and history; this rank's parts as they are."""
     names = {id(p): n for n, p in net.named_parameters()}
-    kept = run.optimizers[0].state
     return {
         "model": whole(net),
-        "optimizer": {
-            names[id(p)]: {k: local(v).clone() if torch.is_tensor(v) else v for k, v in values.items()}
-            for p, values in kept.items()
-        },
+        "optimizers": [
+            {
+                names[id(p)]: {k: local(v).clone() if torch.is_tensor(v) else v for k, v in values.items()}
+                for p, values in optimizer.state.items()
+            }
+            for optimizer in run.optimizers
+        ],
+        "rates": [[group["lr"] for group in optimizer.param_groups] for optimizer in run.optimizers],
         "masks": [c.masks.hash() for c in callbacks],
         "history": [getattr(c, "history", None) for c in callbacks],
     }
@@ -239,6 +302,121 @@ def resume(name: str, folder: Path, shards: bool) -> dict[str, Any]:
         run = train(again, other, ckpt=folder / f"{step}.ckpt", folder=shards)
         found[str(step)] = differences(reference, state(run, other, again))
     return found
+
+
+def resume_others(folder: Path, shards: bool) -> dict[str, Any]:
+    """The same for models that are not like the others: net, callbacks, and the step, which is one or two epochs."""
+    compact = {"score": "magnitude", "density": 0.3, "engine": "compact"}
+    models: dict[str, tuple[Callable[[], Dealt], Callable[[], list[Any]], int]] = {
+        "full vectors": (lambda: Wide(make=two_groups), lambda: [FreezeMask(mask=Wide.masks)], 4),
+        "two optimizers": (ByHand, lambda: [FreezeMask("head", **compact)], 8),
+        "a schedule": (lambda: Dealt(scheduled=True), PLANS["phases"], 4),
+    }
+    found: dict[str, Any] = {}
+    for name, (make, callbacks, step) in models.items():
+        net, mine = make(), callbacks()
+        run = train([*mine, Save(folder / name, [step])], net, folder=shards)
+        again, other = callbacks(), make()
+        resumed = train(again, other, ckpt=folder / name / f"{step}.ckpt", folder=shards)
+        found[name] = differences(state(run, net, mine), state(resumed, other, again))
+        found[f"{name} trained"] = far(whole(net), whole(make()))
+    return found
+
+
+def after(folder: Path, shards: bool) -> dict[str, Any]:
+    """A checkpoint that is written when training is over, or has failed: what is loaded from it, before a further step."""
+    found: dict[str, Any] = {}
+    for way in ("ended", "failed"):
+        net, callbacks, path = Dealt(make=two_groups), PLANS["magnitude"](), folder / f"{way}.ckpt"
+        fail = Fail(5 if way == "failed" else STEPS, path)
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=shards)
+        run = trainer(*callbacks, fail, ranks=2, strategy=strategy, max_steps=6)
+        with suppress(ZeroDivisionError):
+            run.fit(net, datamodule=Data())
+            run.save_checkpoint(path)
+        other, again = Dealt(make=two_groups), PLANS["magnitude"]()
+        resumed = train(again, other, ckpt=path, folder=shards, max_steps=run.global_step)
+        found[way] = differences(state(run, net, callbacks), state(resumed, other, again))
+        found[f"{way} at"] = run.global_step
+    return found
+
+
+class Fail(Callback):
+    """Ends training with an error, and writes a checkpoint as ModelCheckpoint(save_on_exception=True) does."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise ZeroDivisionError
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def tested(folder: Path, shards: bool) -> dict[str, Any]:
+    """The weights of a run's checkpoint, seen in the same Trainer, and in others with and without masks."""
+    path, seen = folder / "6.ckpt", []
+    run = train([*PLANS["magnitude"](), Save(folder, [6])], net := Tested(make=two_groups), folder=shards, max_steps=6)
+    for callbacks in (None, PLANS["magnitude"](), []):
+        if callbacks is not None:
+            strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=shards)
+            run, net = trainer(*callbacks, ranks=2, strategy=strategy), Tested(make=two_groups)
+        seen += run.test(net, datamodule=TestData(), ckpt_path=path, verbose=False, weights_only=True)
+    return {"same": all(each == seen[0] for each in seen), "runs": len(seen), "out": seen[0]["out"]}
+
+
+class Dump(Callback):
+    """How many numbers a rank has in its hands when a checkpoint is written, but for the model's."""
+
+    def __init__(self) -> None:
+        self.numbers = 0
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == STEPS - 1:
+            found = trainer._checkpoint_connector.dump_checkpoint(False)
+            self.numbers = numbers({"o": found["optimizer_states"], "c": found["callbacks"]})
+
+
+def numbers(value: Any) -> int:
+    """Floating-point numbers in all tensors of a nested structure."""
+    if isinstance(value, dict | list):
+        return sum(numbers(each) for each in (value.values() if isinstance(value, dict) else value))
+    return value.numel() if torch.is_tensor(value) and value.is_floating_point() and value.dim() else 0
+
+
+def written() -> dict[str, int]:
+    """Weights to go back to, at a plateau, after pruning and to compare with, in the hands of each rank."""
+    dump = Dump()
+    until = {"monitor": "train/loss", "patience": 5}
+    phases = PhaseUnfreeze([Phase(until, restore_best=True), Phase(score="change", density=0.3, refresh="2 steps")])
+    prune = PruneMask(0.5, rewind="1 steps", start="2 steps", end="4 steps", every="2 steps")
+    train([prune, phases, dump], Dealt(make=two_groups))
+    return {"numbers": dump.numbers}
+
+
+def sharded_masks(folder: Path) -> dict[str, Any]:
+    """Masks of one run compared with the same read from a file, and given to the phases of another that writes them."""
+    first = FreezeMask("head", score="magnitude", density=0.3)
+    train([first], Dealt(), max_steps=2)
+    read = MaskSet.from_state(first.masks.to_state())
+    phases = PhaseUnfreeze([Phase("2 steps", mask=first.masks), Phase(train="head")])
+    train([phases], Dealt(), max_steps=4, logger=CSVLogger(folder))
+    saved = next(iter(Path(folder).rglob("phases.0.safetensors")))
+    return {
+        "equal": [first.masks == read, read == first.masks, first.masks == ~read, ~read == first.masks],
+        "saved": MaskSet.load(saved).hash() == first.masks.hash(),
+    }
+
+
+def owned_by_nobody() -> dict[str, str]:
+    """An error about a tensor of which this rank has no row is raised on all ranks."""
+    try:
+        train([FreezeMask(["scale", "head"])], WithoutScale(), max_steps=1)
+    except ValueError as error:
+        return {"error": str(error)} if dist.is_initialized() else {}
+    return {}
 
 
 def across(name: str, folder: Path) -> dict[str, Any]:
@@ -383,7 +561,13 @@ def main(folder: Path) -> None:
         "saved file": lambda: saved_file(folder / "report"),
         "plateau": plateau,
         "refused": refused,
+        "written": written,
+        "sharded masks": lambda: sharded_masks(folder / "masks"),
+        "owned by nobody": lambda: {"said": owned_by_nobody()},
     }
+    for way in (resume_others, after, tested):
+        for into in ("file", "folder"):
+            cases[f"{way.__name__}, {into}"] = lambda w=way, s=into: w(folder / f"{w.__name__} {s}", s == "folder")
     cases["plain loop"] = plain_loop
     only = os.environ.get("ONLY")
     results: dict[str, Any] = {}

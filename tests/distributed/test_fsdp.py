@@ -92,6 +92,49 @@ def test_a_checkpoint_of_any_step_resumes_to_the_equal_result(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("into", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["full vectors", "two optimizers", "a schedule"])
+def test_models_of_other_kinds_resume_to_the_equal_result(ranks: list[dict[str, Any]], kind: str, into: str) -> None:
+    for seen in case(ranks, f"resume_others, {into}"):
+        assert seen[kind] == []
+        assert seen[f"{kind} trained"] > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("into", ["file", "folder"])
+def test_a_checkpoint_after_the_end_or_an_error_brings_everything_back(ranks: list[dict[str, Any]], into: str) -> None:
+    for seen in case(ranks, f"after, {into}"):
+        assert seen == {"ended": [], "ended at": 6, "failed": [], "failed at": 5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("into", ["file", "folder"])
+def test_a_checkpoint_is_tested_with_and_without_masks(ranks: list[dict[str, Any]], into: str) -> None:
+    for seen in case(ranks, f"tested, {into}"):
+        assert seen["same"]
+        assert seen["runs"] == 3
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_write_a_file_keeps_nothing_whole_for_it(ranks: list[dict[str, Any]]) -> None:
+    first, second = case(ranks, "written")
+    assert first["numbers"] > 4 * 508
+    assert second["numbers"] == 0
+
+
+@pytest.mark.slow
+def test_masks_of_shards_equal_the_same_masks_whole_and_go_into_phases(ranks: list[dict[str, Any]]) -> None:
+    for seen in case(ranks, "sharded masks"):
+        assert seen == {"equal": [True, True, False, False], "saved": True}
+
+
+@pytest.mark.slow
+def test_a_fault_of_a_tensor_that_one_rank_has_no_row_of_is_raised_on_all(ranks: list[dict[str, Any]]) -> None:
+    for seen in case(ranks, "owned by nobody"):
+        assert "scale is to train, and no optimizer holds it" in seen["said"]["error"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["magnitude", "phases"])
 def test_a_checkpoint_moves_between_replicas_shards_and_engines(ranks: list[dict[str, Any]], plan: str) -> None:
     for seen in case(ranks, f"across, {plan}"):
