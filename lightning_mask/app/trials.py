@@ -1,7 +1,6 @@
 """Many runs of the training application, one after another in this process or through a launcher, each done once."""
 
 import hashlib
-import hashlib
 import json
 import logging
 import os
