@@ -32,6 +32,9 @@ class MaskCallback(Callback):
     needs_reference: bool = False
     """Whether a criterion may ask for the weights from the start of training."""
 
+    own_criterion: bool = False
+    """Whether a criterion is the user's own."""
+
     _session: Session | None = None
     _masks: MaskSet | None = None
     _shared: dict[str, Any] | None = None

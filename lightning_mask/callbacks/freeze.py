@@ -90,7 +90,7 @@ class FreezeMask(MaskCallback):
         if self.selection.empty:
             raise ValueError("FreezeMask trains nothing: give it train=, score= and density=, or mask=.")
         self.refresh = parse_refresh(refresh, self.selection, "FreezeMask")
-        self.needs_reference = may_need_reference(self.selection)
+        self.needs_reference, self.own_criterion = may_need_reference(self.selection), has_own(self.selection)
         recipe = {k: v for k, v in self.selection.recipe().items() if k != "batches"}
         self._key = self._generate_state_key(recipe=json.dumps(recipe, sort_keys=True))  # Lightning asks at every hook
         self._draws = self._drawn = self._every = 0
@@ -147,6 +147,11 @@ def make_selection(where: str, **arguments: Any) -> Selection:
 def may_need_reference(selection: Selection) -> bool:
     """Whether the criterion may ask for the weights from the start of training."""
     return selection.score is not None and criteria.may_need_reference(selection.score)
+
+
+def has_own(selection: Selection) -> bool:
+    """Whether the criterion is the user's own."""
+    return selection.score is not None and criteria.is_own(selection.score)
 
 
 def parse_refresh(refresh: str | None, selection: Selection, where: str) -> Moment | None:

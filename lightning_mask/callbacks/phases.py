@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_mask.callbacks.base import MaskCallback
 from lightning_mask.callbacks.freeze import (
     draw_due,
+    has_own,
     may_need_reference,
     refresh_steps,
 )
@@ -110,6 +111,7 @@ class PhaseUnfreeze(MaskCallback):
         asked = {phase.engine for phase in phases}
         self.engine = next((engine for engine in ("dense", "compact") if engine in asked), "auto")
         self.needs_reference = any(p.restart or may_need_reference(p.selection) for p in phases)
+        self.own_criterion = any(has_own(p.selection) for p in phases)
 
     @property
     def phase(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mask.callbacks.base import MaskCallback, plain
-from lightning_mask.callbacks.freeze import Strings, may_need_reference
+from lightning_mask.callbacks.freeze import Strings, has_own, may_need_reference
 from lightning_mask.callbacks.session import Session
 from lightning_mask.core import allocation as allocations
 from lightning_mask.core import criteria, schedules, sharding, structures
@@ -119,7 +119,8 @@ class PruneMask(MaskCallback):
         self.regrow, self.regrow_fraction = regrow, float(regrow_fraction)
         self.rewind = None if rewind is None else Moment.parse(rewind, "PruneMask: rewind")
         self.batches, self.seed = batches, seed
-        self.needs_reference = may_need_reference(Selection(score=score, density=1.0))
+        ranked = Selection(score=score, density=1.0)
+        self.needs_reference, self.own_criterion = may_need_reference(ranked), has_own(ranked)
         self._steps = (0, 0, 1)
         self._names: list[str] = []
         self._last = 0.0

@@ -419,7 +419,7 @@ class Session:
             self.zero_pruned()
             self.engine_reason = choose_engine(self.trainer, self.module, {m.engine for m in self.members})
             reduced = isinstance(self.trainer.strategy.model, DistributedDataParallel)
-            readers = any(p.regrow for p in self.pruners) or any(m.needs_reference for m in self.members)
+            readers = any(p.regrow for p in self.pruners) or any(m.own_criterion for m in self.members)
             early = not reduced and (self.trainer.world_size == 1 or self.sharded) and not readers
             self.engine = MaskEngine(
                 self.module,

@@ -199,6 +199,21 @@ def test_freeze_masks_stay_in_force_when_a_phase_without_a_selection_restarts() 
     assert changed(start, weights(net)) > names(net, "head")
 
 
+def test_the_ticket_of_rows_has_the_gradients_of_these_rows_alone() -> None:
+    net = Net()
+    net.head = torch.nn.Sequential(torch.nn.Linear(12, 400), torch.nn.Linear(400, 2))
+    ticket = Phase(score="change", density=600, structure="row", scope="head.0.weight", restart=True)
+    phases = PhaseUnfreeze([Phase("2 steps"), ticket])
+    held: dict[str, str] = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            held.update({row["name"]: row["held by"] for row in phases.summary()})
+
+    fit(net, phases, Look(), max_steps=4)
+    assert held["head.0.weight"] == "rows"
+
+
 class Spy(pl.Callback):
     """The gradients that the optimizer is about to take; stands behind the mask callbacks."""
 

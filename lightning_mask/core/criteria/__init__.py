@@ -14,6 +14,7 @@ from lightning_mask.core.criteria.registry import (
     compute,
     criterion,
     get,
+    is_own,
     may_need_reference,
     name_of,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "flow",
     "get",
     "gradients",
+    "is_own",
     "may_need_reference",
     "name_of",
     "named_seed",

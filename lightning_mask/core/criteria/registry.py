@@ -114,8 +114,12 @@ def may_need_reference(score: str | Criterion) -> bool:
 
     Of those of this package, the ones in ``training`` do; a user's own may.
     """
-    module = _defined(get(score))[0]
-    return not module.startswith(f"{__package__}.") or module == f"{__package__}.training"
+    return is_own(score) or _defined(get(score))[0] == f"{__package__}.training"
+
+
+def is_own(score: str | Criterion) -> bool:
+    """Whether a criterion is a user's own, which may look at anything, gradients that are there already too."""
+    return not _defined(get(score))[0].startswith(f"{__package__}.")
 
 
 def _defined(score: Criterion) -> tuple[str, str]:
