@@ -88,6 +88,10 @@ class MaskCallback(Callback):
         """Choose new masks when it is time, between two steps; return why, or None when nothing changed."""
         return None
 
+    def done_with_reference(self) -> bool:
+        """Whether nothing that is still to come may ask for the weights from the start of training."""
+        return not self.needs_reference
+
     def before_step(self, session: Session, optimizer: Optimizer) -> None:
         """Change the gradients that ``optimizer`` is about to take; the masks have been applied to them."""
 

@@ -122,6 +122,10 @@ class FreezeMask(MaskCallback):
         self._masks = session.select(self.selection, self._draws)
         return f"FreezeMask: mask drawn anew at step {session.step}"
 
+    def done_with_reference(self) -> bool:
+        """Whether the mask is chosen, and will not be chosen anew."""
+        return not self.needs_reference or self.refresh is None
+
     def own_state(self) -> dict[str, Any]:
         """Return how often the mask was drawn anew, and at which step last."""
         return {"draws": self._draws, "drawn": self._drawn}

@@ -213,9 +213,9 @@ class PhaseUnfreeze(MaskCallback):
         needed = {*dict(session.module.named_parameters()), *dict(session.module.named_buffers())}
         if again and not needed <= (session.reference or {}).keys():
             raise ValueError(
-                f"PhaseUnfreeze: {self.label(again[0])} has restart=True, and the checkpoint is of a run in which no phase had, "
-                "so the weights from the start of training are not in it; leave restart out, or start a new run from the "
-                "weights (fit without ckpt_path)."
+                f"PhaseUnfreeze: {self.label(again[0])} has restart=True, and the checkpoint is of a run in which no phase still "
+                "to come had, so the weights from the start of training are not in it; leave restart out, or start a new run "
+                "from the weights (fit without ckpt_path)."
             )
 
     def advance(self, session: Session) -> str | None:
@@ -236,6 +236,11 @@ class PhaseUnfreeze(MaskCallback):
         now.draws, now.drawn = now.draws + 1, session.step
         self._masks = session.select(self.current.selection, now.draws)
         return f"Phase {self.phase}: mask drawn anew at step {session.step}"
+
+    def done_with_reference(self) -> bool:
+        """Whether no later phase, nor a mask of this one that is to be drawn anew, may ask for the first weights."""
+        later = any(phase.restart or may_need_reference(phase.selection) for phase in self.phases[self.phase + 1 :])
+        return not later and (self.current.refresh is None or not may_need_reference(self.current.selection))
 
     def _due(self, session: Session) -> str | None:
         """Why the current phase has ended by now, or None."""

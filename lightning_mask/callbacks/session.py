@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_mask.callbacks import calibration, random_state
 from lightning_mask.callbacks.ddp import make_wire, rebuild_reducer
 from lightning_mask.callbacks.optimizer_names import arrange
-from lightning_mask.callbacks.sharded import STORED, state_of, take_over
+from lightning_mask.callbacks.sharded import STORED, numbers_of, state_of, take_over
 from lightning_mask.core import sharding
 from lightning_mask.core.criteria import Context, named_seed
 from lightning_mask.core.distributed import require_equal, require_equal_masks
@@ -213,6 +213,7 @@ class Session:
         for member in sorted(self.members, key=lambda m: m is self.phases):  # a phase may build on the FreezeMasks
             member.begin(self)
         self._hold()
+        self._drop_reference()
         self._sync_reducer()
         if shared:
             random_state.restore(shared["random"])
@@ -236,6 +237,11 @@ class Session:
             return {name: value.detach().clone() for name, value in now.items()}
         kept = (shared or {}).get("reference")
         return kept and {name: sharding.shard(kept[name], value) for name, value in now.items() if name in kept}
+
+    def _drop_reference(self) -> None:
+        """Let go of the first weights when nobody needs them any more; they take as much as the model, in checkpoints too."""
+        if all(member.done_with_reference() for member in self.members):
+            self.reference = None
 
     def restart(self) -> None:
         """Go back to the weights and buffers of the start of training, with fresh moments; :meth:`_hold` comes next."""
@@ -263,6 +269,7 @@ class Session:
         if changed:
             self.tell("on_masks_changing", "; ".join(changed))
             self._hold()
+            self._drop_reference()
             self.tell("on_masks_changed", "; ".join(changed))
             count, density = self._facts["mask/active"], self._facts["mask/density"]
             self.say(f"{'; '.join(changed)}: {count:,.0f} entries train ({density:.2%})")
@@ -326,6 +333,7 @@ class Session:
         }
         if self.sharded:  # its weights were made exact before they were taken, and a folder has no place for the groups
             checkpoint[STORED]["groups"] = [o.state_dict()["param_groups"] for o in self.trainer.optimizers]
+            checkpoint[STORED]["numbers"] = numbers_of(self.engine)
             strategy = self.trainer.strategy
             if self.closed and isinstance(strategy, ModelParallelStrategy):  # it has saved in its own way
                 states = [state_of(self.engine, optimizer, strategy) for optimizer in self.trainer.optimizers]

@@ -176,6 +176,27 @@ def test_the_schedule_as_yaml_and_a_run_that_goes_on_restart_too(tmp_path: Path)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+def test_the_first_weights_are_in_checkpoints_for_as_long_as_they_are_needed() -> None:
+    ticket = {"score": "change", "density": 40, "scope": LINEAR}
+    wanted = {
+        "lottery": (lottery(), [True, False]),
+        "drawn anew": (PhaseUnfreeze([Phase("8 steps"), Phase(**ticket, refresh="2 steps")]), [True, True]),
+        "neither": (PhaseUnfreeze([Phase("8 steps", **ticket), Phase(train="head")]), [False, False]),
+        "freeze": (FreezeMask(**ticket), [False, False]),
+        "freeze, drawn anew": (FreezeMask(**ticket, refresh="4 steps"), [True, True]),
+        "prune": (PruneMask(0.5, score="change", scope=LINEAR), [True, True]),
+    }
+    for name, (callback, kept) in wanted.items():
+        seen: list[bool] = []
+
+        class Look(pl.Callback):
+            def on_train_batch_end(self, *_: Any, callback: Any = callback, seen: list[bool] = seen) -> None:
+                seen.append("reference" in callback.state_dict()["shared"])
+
+        fit(Net(), callback, Look())
+        assert [seen[7], seen[9]] == kept, name
+
+
 def test_what_cannot_restart_is_refused() -> None:
     with pytest.raises(ValueError, match="phase 0 begins with training itself; leave its restart out"):
         PhaseUnfreeze([Phase("4 steps", train="head", restart=True), Phase()])
