@@ -107,13 +107,25 @@ def state_of(engine: MaskEngine, optimizer: Optimizer, strategy: ModelParallelSt
         name = names[position]
         known = engine.whole_state(name) or values
         if sharded:
-            state[name] = known
+            state[name] = {key: value for key, value in known.items() if isinstance(value, Tensor)}
             continue
         all_of_it = ((key, whole(value) if isinstance(value, Tensor) else value) for key, value in known.items())
         kept = {key: _on_cpu(value) for key, value in all_of_it if strategy.is_global_zero}
         state |= {position: kept} if strategy.is_global_zero else {}
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in packed["param_groups"]]
     return {"state": state, "param_groups": groups if sharded else packed["param_groups"]}
+
+
+def numbers_of(engine: MaskEngine) -> list[dict[str, dict[str, Any]]]:
+    """Return, for each optimizer, by name, what its state holds besides tensors: a folder has no place for it."""
+    found = []
+    for optimizer, names in zip(engine.optimizers, engine.names(), strict=True):
+        state = optimizer.state_dict()["state"]
+        by_name = {
+            names[n]: {k: v for k, v in values.items() if isinstance(v, int | float)} for n, values in state.items()
+        }
+        found.append({name: values for name, values in by_name.items() if values})
+    return found
 
 
 def _on_cpu(value: Any) -> Any:
@@ -174,8 +186,9 @@ def _read_folder(path: Path, saved: dict[str, Any], parameters: dict[str, nn.Par
     if target:
         dcp.load(target, checkpoint_id=path)
     states = []
-    for i, (names, groups) in enumerate(zip(saved["names"], saved["groups"], strict=True)):
-        by_name = wanted.get(f"optimizer_{i}", {})
+    for i, (names, groups, rest) in enumerate(zip(saved["names"], saved["groups"], saved["numbers"], strict=True)):
+        tensors = wanted.get(f"optimizer_{i}", {})
+        by_name = {name: tensors.get(name, {}) | rest.get(name, {}) for name in tensors.keys() | rest.keys()}
         states.append(
             {"state": {n: by_name[name] for n, name in enumerate(names) if name in by_name}, "param_groups": groups}
         )

@@ -5,12 +5,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_mask.core.patterns import repeated_blocks
-from lightning_mask.core.sharding import is_sharded
+from lightning_mask.core.sharding import reshard
 
 Batch = dict[str, Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -41,7 +41,11 @@ class Task(LightningModule):
     def configure_model(self) -> None:
         """Deal the parameters out over the ranks, block by block, where ModelParallelStrategy runs; else do nothing."""
         mesh = getattr(self, "_device_mesh", None)  # Lightning sets it under that strategy
-        if mesh is None or any(is_sharded(p) for p in self.net.parameters()):
+        if isinstance(
+            self.net, FSDPModule
+        ):  # a validation may have left gathered parameters, which no optimizer may get
+            reshard(self.net)
+        if mesh is None or isinstance(self.net, FSDPModule):
             return
         for name in repeated_blocks(self.net):
             fully_shard(self.net.get_submodule(name), mesh=mesh["data_parallel"])

@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from lightning_mask import FreezeMask, GradientMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 from lightning_mask.callbacks.report import RunReport
 from lightning_mask.core import MaskEngine
+from lightning_mask.tasks.task import Task
 
 STEPS = 12
 PLANS: dict[str, Callable[[], list[Any]]] = {
@@ -123,6 +124,38 @@ class Wide(Dealt):
             "head.weight": torch.ones(3, 12, dtype=torch.bool),
         }
     )
+
+
+class Numbers(torch.optim.Optimizer):
+    """One that counts its steps in an int, and is held dense."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                kept = self.state[parameter]
+                kept["step"] = kept.get("step", 0) + 1
+                kept["mean"] = 0.9 * kept.get("mean", torch.zeros_like(parameter)) + parameter.grad
+                parameter.sub_(kept["mean"], alpha=0.1 / kept["step"] ** 0.5)
+        return loss
+
+
+class AsTask(Dealt):
+    """Dealt out as the application's tasks are; its validation runs a forward, after which the root stays gathered."""
+
+    configure_model = Task.configure_model
+
+    @property
+    def net(self) -> nn.Module:
+        return self
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("out", self(batch["x"]).sum())
 
 
 class ByHand(Dealt):
@@ -310,6 +343,7 @@ def resume_others(folder: Path, shards: bool) -> dict[str, Any]:
     models: dict[str, tuple[Callable[[], Dealt], Callable[[], list[Any]], int]] = {
         "full vectors": (lambda: Wide(make=two_groups), lambda: [FreezeMask(mask=Wide.masks)], 4),
         "two optimizers": (ByHand, lambda: [FreezeMask("head", **compact)], 8),
+        "numbers": (lambda: Dealt(make=Numbers), PLANS["magnitude"], 4),
         "a schedule": (lambda: Dealt(scheduled=True), PLANS["phases"], 4),
     }
     found: dict[str, Any] = {}
@@ -417,6 +451,37 @@ def owned_by_nobody() -> dict[str, str]:
     except ValueError as error:
         return {"error": str(error)} if dist.is_initialized() else {}
     return {}
+
+
+class Pickle(Callback):
+    """Puts something into a checkpoint that is loaded with ``weights_only=False`` alone."""
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["path"] = Path("somewhere")
+
+
+def trusted(folder: Path) -> dict[str, Any]:
+    """A folder that the user says may be unpickled (of one file, Lightning loads the weights in its own way)."""
+    net, callbacks = Dealt(make=two_groups), PLANS["magnitude"]()
+    run = train([*callbacks, Save(folder, [4]), Pickle()], net, folder=True)
+    other, again = Dealt(make=two_groups), PLANS["magnitude"]()
+    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=True)
+    resumed = trainer(*again, ranks=2, strategy=strategy, max_steps=STEPS)
+    resumed.fit(other, datamodule=Data(), ckpt_path=folder / "4.ckpt", weights_only=False)
+    return {"odd": differences(state(run, net, callbacks), state(resumed, other, again))}
+
+
+def validated() -> dict[str, Any]:
+    """Training after a validation of the same model, with a sanity check and a validation each epoch; and without."""
+    nets = [AsTask(make=two_groups), AsTask(make=two_groups)]
+    for net, checks in zip(nets, (2, 0), strict=True):
+        strategy, callbacks = ModelParallelStrategy(2, 1), PLANS["magnitude"]()
+        arguments = {"limit_val_batches": checks, "num_sanity_val_steps": checks}
+        run = trainer(*callbacks, ranks=2, strategy=strategy, max_steps=STEPS, **arguments)
+        if checks:
+            run.validate(net, datamodule=Data(), verbose=False)
+        run.fit(net, datamodule=Data())
+    return {"equal": differences(whole(nets[0]), whole(nets[1])), "trained": far(whole(nets[0]), whole(AsTask()))}
 
 
 def across(name: str, folder: Path) -> dict[str, Any]:
@@ -562,6 +627,8 @@ def main(folder: Path) -> None:
         "plateau": plateau,
         "refused": refused,
         "written": written,
+        "validated": validated,
+        "trusted": lambda: trusted(folder / "trusted"),
         "sharded masks": lambda: sharded_masks(folder / "masks"),
         "owned by nobody": lambda: {"said": owned_by_nobody()},
     }

@@ -93,7 +93,7 @@ def test_a_checkpoint_of_any_step_resumes_to_the_equal_result(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("into", ["file", "folder"])
-@pytest.mark.parametrize("kind", ["full vectors", "two optimizers", "a schedule"])
+@pytest.mark.parametrize("kind", ["full vectors", "two optimizers", "numbers", "a schedule"])
 def test_models_of_other_kinds_resume_to_the_equal_result(ranks: list[dict[str, Any]], kind: str, into: str) -> None:
     for seen in case(ranks, f"resume_others, {into}"):
         assert seen[kind] == []
@@ -105,6 +105,18 @@ def test_models_of_other_kinds_resume_to_the_equal_result(ranks: list[dict[str, 
 def test_a_checkpoint_after_the_end_or_an_error_brings_everything_back(ranks: list[dict[str, Any]], into: str) -> None:
     for seen in case(ranks, f"after, {into}"):
         assert seen == {"ended": [], "ended at": 6, "failed": [], "failed at": 5}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_unpickled_where_the_user_says_so(ranks: list[dict[str, Any]]) -> None:
+    assert all(seen == {"odd": []} for seen in case(ranks, "trusted"))
+
+
+@pytest.mark.slow
+def test_validation_before_and_in_training_changes_nothing(ranks: list[dict[str, Any]]) -> None:
+    for seen in case(ranks, "validated"):
+        assert seen["equal"] == []
+        assert seen["trained"] > 0.01
 
 
 @pytest.mark.slow
