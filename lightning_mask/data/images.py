@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
 from lightning_mask.data.packaged import need, package_file
-from lightning_mask.data.splits import stratified_split, stratified_subset
+from lightning_mask.data.splits import hold_out, stratified_split, stratified_subset
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 _SETS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
@@ -135,10 +135,12 @@ class ImageData(LightningDataModule):
         batch_size: Training batch size of one rank.
         eval_batch_size: Batch size of one rank for validation and test.
         num_workers: Worker processes of each loader.
-        seed: Seed of the order of training, and of the subset.
+        seed: Seed of the order of training, of the subset, and of what is held out.
         train_size: Train on so many examples only, classes in proportion; default: all.
         mean: What is taken from every pixel, over [0, 1]; default: each channel's mean.
         deviation: What every pixel is then divided by; default: each channel's standard deviation.
+        hold_out: Share (float) or number (int) of the training examples that are validated on instead of the validation set, and
+            not trained on: for choices that must not look at that set; default: none.
 
     Raises:
         ValueError: If one of ``mean`` and ``deviation`` is given without the other, or ``deviation`` is not above 0.
@@ -154,6 +156,7 @@ class ImageData(LightningDataModule):
         train_size: int | None = None,
         mean: float | None = None,
         deviation: float | None = None,
+        hold_out: float | int | None = None,
     ) -> None:
         super().__init__()
         if (mean is None) != (deviation is None) or (deviation is not None and deviation <= 0):
@@ -166,6 +169,7 @@ class ImageData(LightningDataModule):
         self.train_size = train_size
         self.mean = mean
         self.deviation = deviation
+        self.hold_out = hold_out
         self._class_names: list[str] = []
         self._sets: dict[str, TensorDataset] = {}
         self._normalise: Normalise | None = None
@@ -189,12 +193,16 @@ class ImageData(LightningDataModule):
     def _load(self) -> dict[str, TensorDataset]:
         if not self._sets:
             splits = self.source()
-            train = splits.train
+            train, validation = splits.train, splits.validation
             if self.train_size is not None:
                 chosen = stratified_subset(splits.labels[train].tolist(), self.train_size, seed=self.seed)
                 train = [train[index] for index in chosen]
+            if self.hold_out is not None:
+                keys = [splits.images[index].numpy().tobytes() for index in train]
+                parts = hold_out(splits.labels[train].tolist(), self.hold_out, seed=self.seed, keys=keys)
+                train, validation = ([train[index] for index in part] for part in parts)
             self._class_names = splits.class_names
-            for name, indices in (("train", train), ("validation", splits.validation), ("test", splits.test)):
+            for name, indices in (("train", train), ("validation", validation), ("test", splits.test)):
                 self._sets[name] = TensorDataset(splits.images[indices], splits.labels[indices])
             if self.mean is None or self.deviation is None:
                 self._normalise = Normalise.of(splits.images[train])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
 from lightning_mask.data.pretrained import load_tokenizer
-from lightning_mask.data.splits import Texts, TextSplits, stratified_subset
+from lightning_mask.data.splits import Texts, TextSplits, hold_out_texts, stratified_subset
 from lightning_mask.data.tokens import Example, Pad, Tokens
 
 IGNORED = -100  # a label that no loss counts
@@ -32,9 +32,11 @@ class LanguageData(LightningDataModule):
         batch_size: Training batch size of one rank.
         eval_batch_size: Batch size of one rank for validation and test.
         num_workers: Worker processes of each loader.
-        seed: Seed of the order of training, and of the subset.
+        seed: Seed of the order of training, of the subset, and of what is held out.
         train_size: Train on so many examples only, classes in proportion; default: all.
         group_by_length: Put texts of like length into a batch.
+        hold_out: Share (float) or number (int) of the training examples that are validated on instead of the validation set, and
+            not trained on: for choices that must not look at that set; default: none.
 
     Raises:
         ValueError: If ``max_length`` is below 3, or ``prompt`` lacks ``{text}`` or leaves no room for the text.
@@ -52,6 +54,7 @@ class LanguageData(LightningDataModule):
         seed: int = 0,
         train_size: int | None = None,
         group_by_length: bool = True,
+        hold_out: float | int | None = None,
     ) -> None:
         super().__init__()
         if max_length < 3:
@@ -68,6 +71,7 @@ class LanguageData(LightningDataModule):
         self.seed = seed
         self.train_size = train_size
         self.group_by_length = group_by_length
+        self.hold_out = hold_out
         self._splits: TextSplits | None = None
         self._tokens: dict[str, Tokens] = {}
         self._collate: PadAndLabel | None = None
@@ -80,7 +84,7 @@ class LanguageData(LightningDataModule):
             if self.train_size is not None:
                 chosen = stratified_subset(splits.train.labels, self.train_size, seed=self.seed)
                 splits = TextSplits(splits.train.take(chosen), splits.validation, splits.test, splits.class_names)
-            self._splits = splits
+            self._splits = hold_out_texts(splits, self.hold_out, seed=self.seed)
         return self._splits
 
     @property

@@ -110,3 +110,40 @@ def stratified_subset(labels: Sequence[int], size: int, *, seed: int = 0) -> lis
         # Evenly spread over (0, 1), so that any prefix of the whole has all classes in proportion.
         ranked += [((place + 0.5) / len(order), label, index) for place, index in enumerate(order)]
     return sorted(index for _, _, index in sorted(ranked)[:size])
+
+
+def hold_out(
+    labels: Sequence[int], amount: float | int, *, seed: int = 0, keys: Sequence[Hashable] | None = None
+) -> list[list[int]]:
+    """Split a training set once more: return the indices to train on, and those to validate on instead of a validation set.
+
+    For choices that must not look at the validation set, such as a learning rate. Classes are in proportion.
+
+    Args:
+        labels: Class of each training example.
+        amount: Share (float) or number (int) of the examples to validate on; a number is met to about a class's rounding.
+        seed: Another seed, another split.
+        keys: As for :func:`stratified_split`: equal ones stay together.
+
+    Raises:
+        ValueError: If that leaves nothing to train on or to validate on.
+    """
+    share = amount / len(labels) if isinstance(amount, int) else amount
+    if 0 < share < 1:
+        rest, held = stratified_split(labels, [share], seed=seed, keys=keys)
+        if rest and held:
+            return [rest, held]
+    raise ValueError(
+        f"hold_out={amount!r} of {len(labels)} training examples leaves nothing to train on or to validate on: give a share "
+        "in (0, 1) as a float, or a number of examples."
+    )
+
+
+def hold_out_texts(splits: TextSplits, amount: float | int | None, *, seed: int = 0) -> TextSplits:
+    """Return the sets with a part of the training set in place of the validation set (:func:`hold_out`); None: as they are."""
+    if amount is None:
+        return splits
+    train = splits.train
+    keys = [" ".join(text.casefold().split()) for text in train.texts]
+    rest, held = hold_out(train.labels, amount, seed=seed, keys=keys)
+    return TextSplits(train.take(rest), train.take(held), splits.test, splits.class_names)

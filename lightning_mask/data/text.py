@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
 from lightning_mask.data.pretrained import load_tokenizer
-from lightning_mask.data.splits import Texts, TextSplits, stratified_subset
+from lightning_mask.data.splits import Texts, TextSplits, hold_out_texts, stratified_subset
 from lightning_mask.data.tokens import Pad, Tokens, tokenise
 
 
@@ -27,10 +27,12 @@ class TextData(LightningDataModule):
         batch_size: Training batch size of one rank.
         eval_batch_size: Batch size of one rank for validation and test.
         num_workers: Worker processes of each loader.
-        seed: Seed of the order of training, and of the subset.
+        seed: Seed of the order of training, of the subset, and of what is held out.
         train_size: Train on so many examples only, classes in proportion; default: all.
         cache_dir: Folder that keeps the tokens; default: ``lightning_mask`` in the user's cache folder.
         group_by_length: Put texts of like length into a batch: of the tweets' batches 3 % is padding then, instead of 42 %.
+        hold_out: Share (float) or number (int) of the training examples that are validated on instead of the validation set, and
+            not trained on: for choices that must not look at that set; default: none.
 
     Raises:
         ValueError: If a number is out of range.
@@ -48,6 +50,7 @@ class TextData(LightningDataModule):
         train_size: int | None = None,
         cache_dir: str | None = None,
         group_by_length: bool = True,
+        hold_out: float | int | None = None,
     ) -> None:
         super().__init__()
         if max_length < 3:
@@ -62,6 +65,7 @@ class TextData(LightningDataModule):
         self.train_size = train_size
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else _user_cache()
         self.group_by_length = group_by_length
+        self.hold_out = hold_out
         self._splits: TextSplits | None = None
         self._tokens: dict[str, Tokens] = {}
         self._pad: Pad | None = None
@@ -74,7 +78,7 @@ class TextData(LightningDataModule):
             if self.train_size is not None:
                 chosen = stratified_subset(splits.train.labels, self.train_size, seed=self.seed)
                 splits = TextSplits(splits.train.take(chosen), splits.validation, splits.test, splits.class_names)
-            self._splits = splits
+            self._splits = hold_out_texts(splits, self.hold_out, seed=self.seed)
         return self._splits
 
     @property
