@@ -98,27 +98,31 @@ class CausalLM(Task):
         self._add("train/loss_epoch", "train_loss", loss.detach(), _count(batch["labels"][:, 1:]))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the validation figures."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the validation figures; return ``losses``, each row's mean, and ``weights``, its tokens; [batch]."""
+        return self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test figures."""
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Tensor]:
         logits, labels = self._predicted(batch)
         counted = labels != IGNORED
-        whole = counted.any(dim=1)
+        weights = counted.sum(dim=1)
+        whole = weights > 0
         logits, labels = logits[counted], labels[counted]  # the vocabulary is large: nothing is computed for padding
         count = _count(labels)
         likeliest = logits.argmax(dim=1) == labels
         right = likeliest.sum() / count.clamp(min=1)
         exact = torch.ones_like(counted).masked_scatter(counted, likeliest).all(dim=1)[whole]
-        self._add(f"{stage}/loss", f"{stage}_loss", _mean_loss(logits, labels), count)
+        losses = cross_entropy(logits, labels, reduction="none")
+        self._add(f"{stage}/loss", f"{stage}_loss", losses.sum() / count.clamp(min=1), count)
         self._add(f"{stage}/perplexity", f"{stage}_perplexity", logits[None], labels[None])
         self._add(f"{stage}/accuracy", f"{stage}_accuracy", right, count)
         self._add(f"{stage}/exact", f"{stage}_exact", exact.float())
+        of_rows = torch.zeros_like(counted, dtype=losses.dtype).masked_scatter(counted, losses).sum(dim=1)
+        return {"losses": of_rows / weights.clamp(min=1), "weights": weights}
 
 
 def _count(labels: Tensor) -> Tensor:

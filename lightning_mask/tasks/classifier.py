@@ -75,22 +75,24 @@ class Classifier(Task):
         self._add("train/loss_epoch", "train_loss", loss.detach(), size)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the validation figures."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the validation figures; return ``losses``, one for each example, [batch]."""
+        return {"losses": self._evaluate(batch, "val")}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test figures."""
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
         labels = batch["labels"]
         logits = self(batch).float()
-        self._add(f"{stage}/loss", f"{stage}_loss", cross_entropy(logits, labels), len(labels))
+        losses = cross_entropy(logits, labels, reduction="none")
+        self._add(f"{stage}/loss", f"{stage}_loss", losses.mean(), len(labels))
         self._add(f"{stage}/accuracy", f"{stage}_accuracy", logits, labels)
         self._add(f"{stage}/macro_f1", f"{stage}_macro_f1", logits, labels)
         if stage == "test":
             self._metric("test_confusion").update(logits, labels)
+        return losses
 
     def on_test_epoch_end(self) -> None:
         """Keep the confusion matrix over all ranks."""
