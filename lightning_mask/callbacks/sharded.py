@@ -67,7 +67,7 @@ def take_over(trainer: Trainer, module: LightningModule, engine: Callable[[], Ma
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(strategy.broadcast(checkpoint_path))
-        if STORED not in _rest_of(path, weights_only is not False):
+        if STORED not in _rest_of(path):
             return load(checkpoint_path, weights_only=weights_only)
         optimizers, strategy._optimizers = strategy._optimizers, []
         try:
@@ -88,10 +88,10 @@ def give_back(strategy: Strategy) -> None:
         strategy.__dict__.pop(method, None)
 
 
-def _rest_of(path: Path, weights_only: bool) -> dict[str, Any]:
+def _rest_of(path: Path) -> dict[str, Any]:
     """What a checkpoint holds besides the tensors of model and optimizers, or all of it, not read from disk yet."""
     file = path / "meta.pt" if path.is_dir() else path
-    return torch.load(file, mmap=True, map_location="cpu", weights_only=weights_only)
+    return torch.load(file, mmap=True, map_location="cpu", weights_only=True)
 
 
 def state_of(engine: MaskEngine, optimizer: Optimizer, strategy: ModelParallelStrategy) -> dict[str, Any]:

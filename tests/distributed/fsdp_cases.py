@@ -453,24 +453,6 @@ def owned_by_nobody() -> dict[str, str]:
     return {}
 
 
-class Pickle(Callback):
-    """Puts something into a checkpoint that is loaded with ``weights_only=False`` alone."""
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["path"] = Path("somewhere")
-
-
-def trusted(folder: Path) -> dict[str, Any]:
-    """A folder that the user says may be unpickled (of one file, Lightning loads the weights in its own way)."""
-    net, callbacks = Dealt(make=two_groups), PLANS["magnitude"]()
-    run = train([*callbacks, Save(folder, [4]), Pickle()], net, folder=True)
-    other, again = Dealt(make=two_groups), PLANS["magnitude"]()
-    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=True)
-    resumed = trainer(*again, ranks=2, strategy=strategy, max_steps=STEPS)
-    resumed.fit(other, datamodule=Data(), ckpt_path=folder / "4.ckpt", weights_only=False)
-    return {"odd": differences(state(run, net, callbacks), state(resumed, other, again))}
-
-
 def validated() -> dict[str, Any]:
     """Training after a validation of the same model, with a sanity check and a validation each epoch; and without."""
     nets = [AsTask(make=two_groups), AsTask(make=two_groups)]
@@ -628,7 +610,6 @@ def main(folder: Path) -> None:
         "refused": refused,
         "written": written,
         "validated": validated,
-        "trusted": lambda: trusted(folder / "trusted"),
         "sharded masks": lambda: sharded_masks(folder / "masks"),
         "owned by nobody": lambda: {"said": owned_by_nobody()},
     }

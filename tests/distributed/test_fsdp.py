@@ -108,11 +108,6 @@ def test_a_checkpoint_after_the_end_or_an_error_brings_everything_back(ranks: li
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_unpickled_where_the_user_says_so(ranks: list[dict[str, Any]]) -> None:
-    assert all(seen == {"odd": []} for seen in case(ranks, "trusted"))
-
-
-@pytest.mark.slow
 def test_validation_before_and_in_training_changes_nothing(ranks: list[dict[str, Any]]) -> None:
     for seen in case(ranks, "validated"):
         assert seen["equal"] == []
