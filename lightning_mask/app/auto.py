@@ -107,10 +107,10 @@ class Auto:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, candidate in self.candidates.items():
+        for name, candidate in (self.candidates or {}).items():
             if candidate is not None and (not candidate.get("mask") or set(candidate) - _KEYS):
                 raise ValueError(f"candidates.{name}={candidate} must have {', '.join(sorted(_KEYS))}, at least mask.")
-        if not any(self.candidates.values()):
+        if not any((self.candidates or {}).values()):
             raise ValueError("candidates is empty: name strategies, such as {fisher: {mask: fisher}}.")
         if self.mode not in ("min", "max"):
             raise ValueError(f"mode={self.mode!r} must be min or max.")
@@ -439,7 +439,7 @@ def pick(outcomes: Sequence[Outcome], auto: Auto) -> tuple[Outcome, str]:
     if not others:
         return best, f"{why}; nothing else could be trained."
     second, gap, error = others[0]
-    margin = f"{second.setting.name} follows {abs(gap):.2g} behind"
+    margin = f"{second.setting.name} follows {abs(gap):.3g} behind"
     noise = f" (standard error {error:.2g})." if error is not None else "; how much of that is noise is not known."
     return best, f"{why}; {margin}{noise}"
 

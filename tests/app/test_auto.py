@@ -1,0 +1,342 @@
+"""`mask=auto`: what is chosen follows from the trials by the rule that is told, and the trials see training data alone."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lightning_mask.app import auto
+from lightning_mask.app.auto import Outcome, Setting, choose, difference, halve, pick, wait_for
+from lightning_mask.app.train import _model, train
+from lightning_mask.data import ImageData, mnist5k
+from lightning_mask.tasks import ImageClassifier
+from tests.app.conftest import REPO, TINY, command
+
+Config = Callable[..., DictConfig]
+
+HEAD = 170
+BODY = 5142 - HEAD
+QUICK = [*TINY, "mask=auto", "mask.steps=3", "mask.eta=2", "mask.minutes=5", "trainer.max_steps=12"]
+NONE = [f"~mask.candidates.{name}" for name in ("none", "random", "bitfit", "gradient", "magnitude")]
+FEW = [*QUICK, *NONE, "mask.densities=[0.01,0.1]", "mask.rates=[1,10]"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_one_reading_of_the_digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    splits = _SPLITS[0] if _SPLITS else mnist5k()
+    _SPLITS[:] = [splits]
+    monkeypatch.setattr("lightning_mask.data.mnist5k", lambda **options: splits)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+_SPLITS: list[Any] = []
+
+
+def record_of(cfg: DictConfig) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((Path(cfg.paths.output_dir) / "auto.json").read_text())
+    return loaded
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["strategy"], row["density"], row["lr"]
+
+
+class Witness:
+    """Notes the images that trials train on and are judged by, as bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trained: set[bytes] = set()
+        self.judged: set[bytes] = set()
+        self.trials = 0
+        run, inside = auto.run_quietly, [False]
+
+        def trial(*arguments: Any) -> Any:
+            self.trials += 1
+            inside[0] = True
+            try:
+                return run(*arguments)
+            finally:
+                inside[0] = False
+
+        def noting(step: Any, seen: set[bytes]) -> Any:
+            def noted(module: ImageClassifier, batch: dict[str, torch.Tensor], *rest: Any) -> Any:
+                if inside[0]:
+                    scale = module.trainer.datamodule._normalise  # type: ignore[attr-defined]
+                    pixels = (batch["pixel_values"] * scale.deviation + scale.mean) * 255
+                    seen.update(image.numpy().tobytes() for image in pixels.round().to(torch.uint8))
+                return step(module, batch, *rest)
+
+            return noted
+
+        monkeypatch.setattr(auto, "run_quietly", trial)
+        monkeypatch.setattr(ImageClassifier, "mask_loss", noting(ImageClassifier.mask_loss, self.trained))
+        monkeypatch.setattr(ImageClassifier, "validation_step", noting(ImageClassifier.validation_step, self.judged))
+        monkeypatch.setattr(ImageClassifier, "test_step", noting(ImageClassifier.test_step, self.judged))
+
+
+def test_the_choice_follows_from_the_trials_and_they_see_training_data_alone(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    witness = Witness(monkeypatch)
+    cfg = config(
+        *FEW, "+mask.candidates.norms={mask:layernorm}", "+mask.candidates.rows={mask:snip,with:{structure:row}}"
+    )
+    metrics = train(cfg)
+    record = record_of(cfg)
+    choice = record["choice"]
+
+    # The trials: all settings, then the better half of those before with twice the steps, until one would be left.
+    rungs = record["rungs"]
+    assert [rung["steps"] for rung in rungs] == [3, 6, 12]
+    assert {key(row) for row in rungs[0]["trials"]} == {
+        *(("fisher", d, lr) for d in (0.01, 0.1) for lr in (0.003, 0.03)),
+        *(("rows", d, lr) for d in (0.01, 0.1) for lr in (0.003, 0.03)),
+        *(("head", None, lr) for lr in (0.003, 0.03)),
+    }
+    for before, after in pairwise(rungs):
+        ranked = sorted(before["trials"], key=lambda row: (row["score"], row["entries"]))
+        assert {key(row) for row in after["trials"]} == {key(row) for row in ranked[: math.ceil(len(ranked) / 2)]}
+    assert sum(len(rung["trials"]) for rung in rungs) == witness.trials == 10 + 5 + 3
+    counted = {("head", None): HEAD, ("fisher", 0.01): HEAD + 50, ("fisher", 0.1): HEAD + 497}
+    for row in (row for rung in rungs for row in rung["trials"]):
+        assert row["entries"] == counted.get((row["strategy"], row["density"]), row["entries"])
+    (dropped,) = record["left_out"]
+    assert dropped["name"] == "norms"
+    assert "LayerNorm" in dropped["why"]
+
+    # The figures: the mean loss of the held-out examples, and the error of a paired difference of means.
+    folder = Path(cfg.paths.output_dir)
+    losses = {
+        key(row): torch.tensor(json.loads((folder / row["folder"] / "losses.json").read_text())["losses"])
+        for row in rungs[-1]["trials"]
+    }
+    best, *others = rungs[-1]["trials"]
+    like = [best]
+    for row in rungs[-1]["trials"]:
+        assert row["score"] == pytest.approx(float(losses[key(row)].mean()), rel=1e-5)
+    for row in others:
+        d = losses[key(row)] - losses[key(best)]
+        assert row["standard_error"] == pytest.approx(float(d.std() / len(d) ** 0.5), rel=1e-4)
+        like += [row] if row["difference"] <= row["standard_error"] else []
+    assert key(choice) == key(min(like, key=lambda row: row["entries"]))
+    assert ("no difference seen" in choice["reason"]) == (len(like) > 1)
+
+    # What they saw.
+    splits = _SPLITS[0]
+    images = [image.numpy().tobytes() for image in splits.images]
+    mine = ImageData(source=lambda: splits, train_size=500)._load()["train"].tensors[0]
+    held_back = {images[i] for i in [*splits.validation, *splits.test]}
+    assert record["judged_by"] == {"monitor": "val/loss", "mode": "min", "examples": 100, "from": "of the training set"}
+    assert len(witness.judged) == 100
+    assert len(witness.trained) > 300
+    assert not witness.judged & witness.trained
+    assert not (witness.judged | witness.trained) & held_back
+    assert witness.judged | witness.trained <= {image.numpy().tobytes() for image in mine}
+
+    # The run that follows is the one with that mask and rate, on the whole training set.
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["auto"]["strategy"] == choice["strategy"]
+    assert summary["auto"]["reason"] == choice["reason"]
+    strategy = {"rows": ["mask=snip", "mask.structure=row"]}.get(choice["strategy"], [f"mask={choice['strategy']}"])
+    density = [] if choice["density"] is None else [f"mask.density={choice['density']}"]
+    plain = [*TINY, "trainer.max_steps=12", *strategy, *density, f"lr={choice['lr']}"]
+    assert train(config(*plain, f"paths.output_dir={tmp_path / 'plain'}")) == metrics
+    assert choice["reason"] in capsys.readouterr().out.replace("\n", " ")
+
+    # A run that goes on keeps it, and so do the other ranks: without another trial.
+    before = witness.trials
+    again = config(*FEW, "ckpt_path=last", "trainer.max_steps=14")
+    train(again)
+    assert record_of(again)["choice"] == choice
+    moved = choose(
+        config(*FEW, f"ckpt_path={folder / 'checkpoints/last.ckpt'}", f"paths.output_dir={tmp_path / 'new'}")
+    )
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for other in (moved, choose(again)):
+        assert (other.mask, other.lr) == (choice["mask"], choice["lr"])
+    assert witness.trials == before
+
+
+def test_ranks_wait_for_the_first_of_their_own_launch(tmp_path: Path, config: Config) -> None:
+    with pytest.raises(TimeoutError, match="one folder that they share"):
+        wait_for(tmp_path / "auto.json", "", 0)
+    (tmp_path / "auto.json").write_text('{"run": "yesterday"}')
+    with pytest.raises(TimeoutError):
+        wait_for(tmp_path / "auto.json", "today", 0)
+    assert wait_for(tmp_path / "auto.json", "yesterday", 0) == {"run": "yesterday"}
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match=r"auto\.json that says what mask=auto chose: name the strategy"):
+        choose(config(*QUICK, "ckpt_path=last"))
+
+
+def settings_of(cfg: DictConfig) -> tuple[list[Setting], list[dict[str, str]]]:
+    made: Any = instantiate(cfg.mask)
+    return auto._settings(cfg, made, _model(cfg.copy(), instantiate(cfg.data)))
+
+
+def test_a_budget_leaves_out_what_exceeds_it_and_is_filled(config: Config) -> None:
+    common = [*QUICK, "mask.rates=null", "mask.candidates.magnitude=null", "mask.densities=[0.01,0.1]"]
+    for budget, limit in ((400, 400), (400 / 5142, 400), ("'3600 B'", 405)):  # AdamW: 8 bytes, a tenth is kept back
+        settings, left_out = settings_of(config(*common, f"mask.budget={budget}"))
+        assert [(s.strategy, s.density, s.entries) for s in settings if s.strategy in ("head", "fisher", "bitfit")] == [
+            ("fisher", 0.01, HEAD + 50),
+            ("head", None, HEAD),
+            ("bitfit", None, 254),
+            ("fisher", limit - HEAD, limit),
+        ]
+        assert [row["name"] for row in left_out] == ["none"]
+    assert {s.lr for s in settings} == {None}
+    settings, left_out = settings_of(
+        config(*common, "mask.budget='0.001 MB'", "optimizer=sgd", "optimizer.momentum=0.0", "optimizer.nesterov=false")
+    )
+    assert not left_out  # no state at all
+    with pytest.raises(ValueError, match=r"less than any candidate needs: head trains 170.*net\.classifier"):
+        settings_of(config(*common, "mask.budget=100"))
+    for wrong in ("'10 apples'", "0", "1.5", "-3"):
+        with pytest.raises(ValueError, match=r"mask\.budget="):
+            settings_of(config(*common, f"mask.budget={wrong}"))
+
+
+def test_bad_input_is_refused_before_any_trial(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("a trial ran")
+
+    monkeypatch.setattr(auto, "run_quietly", never)
+    for words, match in (
+        (["mask.candidates=null"], "candidates is empty"),
+        ([f"mask.candidates.{name}=null" for name in ("fisher", "head")], "candidates is empty"),
+        (["+mask.candidates.x={strategy:head}"], r"candidates\.x=.* must have .*mask"),
+        (["mask.eta=1"], "eta=1 must be at least 2"),
+        (["mask.steps=two"], r"mask\.steps='two' must be a whole number"),
+        (["mask.mode=lowest"], "mode='lowest' must be min or max"),
+        (["optimizer.lr=1e-3"], "finds the learning rate by way of lr"),
+        (
+            ["mask.candidates.fisher.mask=nothing", "+mask.candidates.head.with={color:red}"],
+            r"no candidate can be tried \(fisher: .*'nothing'.*head: mask=head has no value 'color'",
+        ),
+    ):
+        with pytest.raises(Exception, match=match):
+            train(config(*FEW, *words))
+
+    class WithoutHoldOut(ImageData):
+        def __init__(self, seed: int = 0) -> None:
+            super().__init__(source=lambda: _SPLITS[0], seed=seed)
+
+    monkeypatch.setattr("lightning_mask.data.ImageData", WithoutHoldOut)
+    cfg = config(*FEW, "~data", "+data._target_=lightning_mask.data.ImageData")
+    with caplog.at_level("INFO"):
+        assert auto._hold_out(cfg, instantiate(cfg.mask), WithoutHoldOut()) is None
+    assert "ImageData takes no hold_out, so that the trials are judged by its validation set" in caplog.text
+
+
+def outcome(
+    name: str, score: float | None, *, steps: int = 1, entries: int = 1, seconds: float = 1.0, **more: Any
+) -> Outcome:
+    setting = Setting(name, None, None, entries, {})
+    return Outcome(
+        setting, steps, score, None if score is not None else "broke", seconds, entries, 0, seconds, None, "", **more
+    )
+
+
+class Clock:
+    """A time that passes as trials say, and what ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, scores: dict[str, float | None], per_step: float) -> None:
+        self.now, self.ran = 0.0, list[tuple[str, int]]()
+        self.scores, self.per_step = scores, per_step
+        monkeypatch.setattr(auto, "time", SimpleNamespace(time=lambda: self.now))
+
+    def run(self, setting: Setting, steps: int) -> Outcome:
+        self.now += steps * self.per_step
+        self.ran.append((setting.strategy, steps))
+        made = outcome(setting.strategy, self.scores[setting.strategy], steps=steps, seconds=steps * self.per_step)
+        made.seconds_per_step = self.per_step
+        return made
+
+
+def options(config: Config, *words: str) -> auto.Auto:
+    made: auto.Auto = instantiate(config(*QUICK, "mask.steps=1", "mask.minutes=1", *words).mask)
+    return made
+
+
+def test_halving_keeps_to_its_minutes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores: dict[str, float | None] = {"a": 3.0, "b": None, "c": 1.0, "d": 2.0, "e": 4.0, "f": 0.5}
+    settings = [Setting(name, None, None, 1, {}) for name in scores]
+
+    def rungs(per_step: float, longest: int | None = None, *words: str) -> tuple[list[tuple[str, int]], list[str]]:
+        clock = Clock(monkeypatch, scores, per_step)
+        _, untried = halve(settings, clock.run, options(config, *words), longest, 0.0)
+        return clock.ran, [s.strategy for s in untried]
+
+    first = [(name, 1) for name in scores]
+    assert rungs(0.1) == ([*first, ("f", 2), ("c", 2), ("d", 2), ("f", 4), ("c", 4)], [])
+    assert rungs(0.1, 2) == ([*first, ("f", 2), ("c", 2), ("d", 2)], [])
+    assert rungs(0.1, None, "mask.eta=3") == ([*first, ("f", 3), ("c", 3)], [])
+    assert rungs(10.0) == ([*first[:3], ("c", 2)][:3], ["d", "e", "f"])  # 30 s for the first rung; then no time for two
+    assert rungs(7.0) == ([*first[:4], ("c", 2), ("d", 2)], ["e", "f"])
+    with pytest.raises(
+        ValueError, match=r"mask\.minutes=1 is too short: a trial of 1 steps takes 31 s, and there are 6"
+    ):
+        rungs(31.0)
+    scores.update(dict.fromkeys(scores))
+    with pytest.raises(ValueError, match=r"no candidate could be trained \(a: broke; b: broke"):
+        rungs(0.1)
+
+
+def test_what_the_held_out_examples_cannot_separate_is_decided_by_the_number_of_entries(config: Config) -> None:
+    ways = options(config)
+    weights = torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
+
+    def of(name: str, losses: list[float], entries: int) -> Outcome:
+        values = torch.tensor(losses, dtype=torch.float64)
+        made = outcome(name, float((weights * values).sum() / 4), entries=entries)
+        made.losses = (values, weights)
+        return made
+
+    best, near, far = of("best", [1, 2, 3], 900), of("near", [1.4, 1.8, 3.1], 500), of("far", [2, 3, 4.1], 10)
+    # d = 0.4, -0.2, 0.1 with weights 1, 1, 2: mean 0.1; sum of (w (d - mean))^2 = 0.09 + 0.09 + 0
+    assert difference(near, best) == pytest.approx((0.1, math.sqrt(3 / 2 * 0.18) / 4))
+    chosen, reason = pick([far, near, best], ways)
+    assert chosen is near
+    assert "no difference seen between best and near" in reason
+    assert "near trains the fewest entries (500)" in reason
+    chosen, reason = pick([far, best], ways)
+    assert chosen is best
+    assert "far follows 1.05 behind (standard error" in reason
+    near.losses = None
+    chosen, reason = pick([near, best], ways)
+    assert chosen is best
+    assert "how much of that is noise is not known" in reason
+    near.score, best.score = 0.9, 0.8  # another figure than the mean loss, and higher is better
+    chosen, reason = pick([near, best], options(config, "mask.monitor=val/accuracy", "mask.mode=max"))
+    assert chosen is near
+    assert "not known" in reason
+    assert pick([far, outcome("broken", None)], ways)[0] is far
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_take_the_choice_of_the_first(tmp_path: Path) -> None:
+    words = [*FEW, "trainer=ddp_cpu", "logger=none", "test=false", "mask.densities=[0.01]", "mask.rates=[1]"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    run = command(*torchrun, str(REPO / "scripts/train.py"), *words, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stdout
+    (file,) = tmp_path.rglob("auto.json")
+    summary = json.loads((file.parent / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["auto"]["strategy"] == json.loads(file.read_text())["choice"]["strategy"]
+    assert run.stdout.count("mask=auto chose") == 1
