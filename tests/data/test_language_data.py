@@ -77,6 +77,12 @@ def test_a_subset_and_the_sizes() -> None:
     assert sorted(data.splits.train.labels) == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_part_of_the_training_set_in_place_of_the_validation_set() -> None:
+    held = LanguageData(source, hold_out=0.25).splits
+    assert sorted(held.train.texts + held.validation.texts) == sorted(SENTENCES[:12])
+    assert (len(held.validation), held.test) == (4, source().test)
+
+
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"prompt must have \{text\} in it, once, got 'What\?'"):
         LanguageData(source, prompt="What?")

@@ -117,3 +117,13 @@ def test_an_unknown_tokenizer_is_named(tmp_path: Path) -> None:
         data(tmp_path, tokenizer="./nowhere").prepare_data()
     with warnings.catch_warnings(), pytest.raises(ValueError, match="max_length must be at least 3"):
         data(tmp_path, max_length=2)
+
+
+def test_a_part_of_the_training_set_in_place_of_the_validation_set(tmp_path: Path) -> None:
+    held = data(tmp_path, hold_out=10)
+    train, validation = held.splits.train.texts, held.splits.validation.texts
+    assert len(validation) == held.sizes["validation"] == pytest.approx(10, abs=1)
+    assert sorted(train + validation) == sorted(source().train.texts)
+    assert held.splits.test == source().test
+    assert sum(len(batch["labels"]) for batch in held.val_dataloader()) == len(validation)
+    assert data(tmp_path, hold_out=10).splits == held.splits != data(tmp_path, hold_out=10, seed=1).splits
