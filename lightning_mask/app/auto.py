@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -265,7 +266,9 @@ def wait_for(file: Path, token: str, seconds: float) -> dict[str, Any]:
 
 
 def _is_first() -> bool:
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+    return all(
+        os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    )
 
 
 def _before(cfg: DictConfig) -> dict[str, Any] | None:
@@ -302,6 +305,11 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
             "mask=auto finds the learning rate by way of lr=..., which no part of this config asks for: give lr=... in place "
             "of optimizer.lr=..., or mask.rates=null to leave it alone."
         )
+    if cfg.data.get("hold_out") is not None:
+        raise ValueError(
+            f"data.hold_out={cfg.data.hold_out} and mask=auto exclude each other: mask.held_out says what trials are judged by."
+        )
+    shutil.rmtree(Path(cfg.paths.output_dir) / "auto", ignore_errors=True)  # of a choice that was not finished
     with _alone():
         data: LightningDataModule = instantiate(cfg.data)
         # of a copy: instantiating resolves what the block refers to, in place, and so would fix the optimizer's rate

@@ -224,6 +224,7 @@ def test_bad_input_is_refused_before_any_trial(
         (["mask.eta=1"], "eta=1 must be at least 2"),
         (["mask.steps=two"], r"mask\.steps='two' must be a whole number"),
         (["mask.mode=lowest"], "mode='lowest' must be min or max"),
+        (["data.hold_out=0.2"], "hold_out=0.2 and mask=auto exclude each other"),
         (["optimizer.lr=1e-3"], "finds the learning rate by way of lr"),
         (
             ["mask.candidates.fisher.mask=nothing", "+mask.candidates.head.with={color:red}"],

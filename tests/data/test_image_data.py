@@ -92,7 +92,9 @@ def test_a_part_of_the_training_set_in_place_of_the_validation_set() -> None:
     assert held.sizes == {"train": 800, "validation": 200, "test": 500}
     sets = {name: {image.numpy().tobytes() for image in part.tensors[0]} for name, part in held._load().items()}
     assert not sets["train"] & sets["validation"]
-    assert sets["train"] | sets["validation"] == {image.numpy().tobytes() for image in whole._load()["train"].tensors[0]}
+    assert sets["train"] | sets["validation"] == {
+        image.numpy().tobytes() for image in whole._load()["train"].tensors[0]
+    }
     assert held._load()["validation"].tensors[1].bincount().tolist() == [20] * 10
     assert ImageData(lambda: splits, hold_out=0.5).sizes["validation"] == 2000
     for amount in (0, 0.0, 1.0, 4000, 1):  # one of ten classes is less than half an example of each
