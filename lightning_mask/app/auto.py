@@ -1,15 +1,9 @@
-"""`mask=auto`: short runs on the user's own data, by successive halving, choose the strategy, its density and the rate.
+"""`mask=auto`: short runs on the user's own data choose the strategy, its density and the learning rate.
 
 Each trial trains on the training set less a part that is held out of it, and is judged by the loss on that part, so that the
 validation and test figures of the run stay those of data that no choice has seen. All trials begin with the same seed: the
-same weights, held-out part and order of batches. The schedule of the learning rate spans a trial's own steps.
-
-* Halving: all settings train for ``steps``; the best 1 / ``eta`` of them start again with ``eta`` times as many, and so on
-  until one is left (Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016,
-  algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018).
-* The choice: among the settings of the last round that two or more ran, those whose loss is within one standard error of the
-  best's cannot be told from it; of these the one that trains the fewest entries is taken (the one-standard-error rule,
-  Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3, with the error of the paired difference).
+same weights, held-out part and order of batches. The schedule of the learning rate spans a trial's own steps. By which rule
+the trials decide: :mod:`lightning_mask.app.halving`.
 """
 
 import copy
@@ -21,9 +15,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +37,7 @@ from lightning_mask import FreezeMask
 from lightning_mask.app import errors
 from lightning_mask.app import train as application
 from lightning_mask.app.checks import values
+from lightning_mask.app.halving import Amount, Outcome, Setting, decisive, difference, halve, listed, number, pick, rank
 from lightning_mask.app.launch import RUN
 from lightning_mask.app.summary import write_json
 from lightning_mask.app.trials import configs, run_quietly
@@ -53,8 +48,6 @@ from lightning_mask.core.selection import share_out
 
 FILE = "auto.json"
 LOSSES = "losses.json"
-
-Amount = float | int
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _OF_A_LAUNCHER = (
@@ -121,58 +114,6 @@ class Auto:
 
 
 _KEYS = {"mask", "with", "densities", "rates"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A strategy with its density and learning rate.
-
-    Attributes:
-        strategy: Name of the candidate.
-        density: Its density; None: it has none, or its own.
-        lr: Learning rate; None: the run's.
-        entries: Number of entries that would train; None: known after a trial only.
-        mask: Config block, not resolved.
-    """
-
-    strategy: str
-    density: Amount | None
-    lr: float | None
-    entries: int | None
-    mask: dict[str, Any] = field(compare=False)
-
-    @property
-    def name(self) -> str:
-        """What a person calls it."""
-        density = "" if self.density is None else f" {_number(self.density)}"
-        return f"{self.strategy}{density}" + ("" if self.lr is None else f" at lr {self.lr:g}")
-
-
-@dataclass
-class Outcome:
-    """What became of a setting in one rung.
-
-    Attributes:
-        score: The monitored figure; None where the trial failed.
-        error: Why it failed, or was dropped.
-        seconds: Wall-clock seconds.
-        entries: Entries that trained at its end.
-        optimizer_bytes: Bytes of optimizer state.
-        seconds_per_step: Of training.
-        losses: Of the held-out examples, [n], and their weights; None: the module does not return them.
-        folder: Of the trial, below the run's.
-    """
-
-    setting: Setting
-    steps: int
-    score: float | None
-    error: str | None
-    seconds: float
-    entries: int | None
-    optimizer_bytes: int | None
-    seconds_per_step: float
-    losses: tuple[Tensor, Tensor] | None
-    folder: str
 
 
 class HeldOut(Callback):
@@ -327,137 +268,22 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
 
         where = "of the training set" if held_out is not None else "of the validation set"
         rank_zero_info(f"mask=auto: {len(settings)} settings to try, in {auto.minutes:g} minutes at most")
-        rungs, untried = halve(settings, run, auto, _steps(cfg), started)
+        rungs, untried = halve(
+            settings,
+            run,
+            steps=auto.steps,
+            eta=auto.eta,
+            mode=auto.mode,
+            minutes=auto.minutes,
+            longest=_steps(cfg),
+            started=started,
+        )
     if untried:
         why = "there was no time: raise mask.minutes, or lower mask.steps"
-        left_out.append({"name": _listed([s.name for s in untried]), "why": why})
+        left_out.append({"name": listed([s.name for s in untried]), "why": why})
     record = _record(auto, cfg, rungs, left_out, where, time.time() - started)
     _show(record, auto)
     return record
-
-
-def halve(
-    settings: Sequence[Setting], run: Callable[[Setting, int], Outcome], auto: Auto, longest: int | None, started: float
-) -> tuple[list[list[Outcome]], list[Setting]]:
-    """Run settings by successive halving; return the outcomes of each rung, and the settings for which there was no time.
-
-    The first rung may take half of the minutes; later ones, as many of the best as there is time for, by what their trials
-    took before. There are no rungs of a single setting: nothing could be compared.
-
-    Args:
-        settings: What to try, the more promising first.
-        run: Trains one for a number of steps.
-        auto: How.
-        longest: Steps of the whole run, which no trial exceeds; None: not known.
-        started: When the clock started.
-
-    Raises:
-        ValueError: If there is no time for two settings, or none of them could be trained.
-    """
-    limit = auto.minutes * 60
-    steps = min(auto.steps, longest or auto.steps)
-    outcomes: list[Outcome] = []
-    for number, setting in enumerate(settings):
-        took = sum(o.seconds for o in outcomes) / max(number, 1)
-        passed = time.time() - started
-        if number == 1 and passed + took > limit:
-            raise ValueError(
-                f"mask.minutes={auto.minutes:g} is too short: a trial of {steps} steps takes {took:.0f} s, and there are "
-                f"{len(settings)}. About {math.ceil((len(settings) * took * 2) / 60)} minutes are enough for all; fewer "
-                "mask.candidates, mask.densities, mask.rates or mask.steps take less."
-            )
-        if number >= 2 and passed + took > limit / 2:
-            break
-        outcomes.append(run(setting, steps))
-    rungs, untried = [outcomes], list(settings[len(outcomes) :])
-    while True:
-        ranked = rank(rungs[-1], auto.mode)
-        if not ranked:
-            reasons = "; ".join(f"{o.setting.name}: {o.error}" for o in rungs[-1][:3])
-            raise ValueError(f"mask=auto: no candidate could be trained ({reasons}).")
-        more = min(steps * auto.eta, longest or steps * auto.eta)
-        kept, estimate = [], time.time() - started
-        for outcome in ranked[: -(-len(ranked) // auto.eta)]:
-            estimate += outcome.seconds + (more - steps) * outcome.seconds_per_step
-            if estimate <= limit:
-                kept.append(outcome.setting)
-        if len(kept) < 2 or more == steps:
-            return rungs, untried
-        steps = more
-        outcomes = [run(setting, steps) for setting in kept]
-        if not rank(outcomes, auto.mode):
-            return rungs, untried
-        rungs.append(outcomes)
-
-
-def rank(outcomes: Sequence[Outcome], mode: str) -> list[Outcome]:
-    """Return the outcomes that have a score, the best first; of equal ones, those with fewer entries first."""
-    sign = 1 if mode == "min" else -1
-    scored = [
-        (sign * o.score, o.entries if o.entries is not None else math.inf, o) for o in outcomes if o.score is not None
-    ]
-    return [o for *_, o in sorted(scored, key=lambda row: row[:2])]
-
-
-def difference(one: Outcome, other: Outcome) -> tuple[float, float | None]:
-    """Return the score of one less that of another, and its standard error; None: not known.
-
-    For a mean over n examples, weighted by w: the error of ``sum(w d) / sum(w)``, with d the difference of the two losses of
-    an example, is ``sqrt(n / (n - 1) * sum(w^2 (d - mean)^2)) / sum(w)`` (Cochran, "Sampling Techniques", 1977, chapter 6:
-    the ratio estimator). It is known where the score is the mean of such losses.
-
-    Args:
-        one: An outcome with a score.
-        other: Another one, on the same examples.
-    """
-    assert one.score is not None
-    assert other.score is not None
-    gap = one.score - other.score
-    if one.losses is None or other.losses is None or len(one.losses[0]) != len(other.losses[0]):
-        return gap, None
-    (a, weights), (b, _) = one.losses, other.losses
-    for losses, score in ((a, one.score), (b, other.score)):
-        if abs(float((weights * losses).sum() / weights.sum()) - score) > 1e-3 * max(abs(score), 1e-3):
-            return gap, None
-    n, d = len(a), a - b
-    mean = (weights * d).sum() / weights.sum()
-    spread = (weights.square() * (d - mean).square()).sum() * n / max(n - 1, 1)
-    return gap, float(spread.sqrt() / weights.sum()) if n > 1 else None
-
-
-def pick(outcomes: Sequence[Outcome], auto: Auto) -> tuple[Outcome, str]:
-    """Return the chosen outcome of a rung, and why, in a sentence.
-
-    Args:
-        outcomes: Of one rung, at least one of them with a score.
-        auto: Says which way is better.
-    """
-    ranked = rank(outcomes, auto.mode)
-    best = ranked[0]
-    others = [(o, *difference(o, best)) for o in ranked[1:]]
-    like = [o for o, gap, error in others if error is not None and abs(gap) <= error]
-    smallest = min([best, *like], key=lambda o: o.entries if o.entries is not None else math.inf)
-    what = f"{auto.monitor} {best.score:.4g} after {best.steps} steps"
-    if like:
-        names = _listed([o.setting.name for o in [best, *like]])
-        why = f"no difference seen between {names}: {what} of {best.setting.name}, the others within one standard error of it"
-        fewest = f"{smallest.setting.name} trains the fewest entries"
-        return smallest, f"{smallest.setting.name}: {why}; {fewest}{_counted(smallest)}."
-    why = f"{best.setting.name}: the best {what}{_counted(best)}"
-    if not others:
-        return best, f"{why}; nothing else could be trained."
-    second, gap, error = others[0]
-    margin = f"{second.setting.name} follows {abs(gap):.3g} behind"
-    noise = f" (standard error {error:.2g})." if error is not None else "; how much of that is noise is not known."
-    return best, f"{why}; {margin}{noise}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _counted(outcome: Outcome) -> str:
-    return "" if outcome.entries is None else f" ({outcome.entries:,})"
 
 
 # What is tried
@@ -757,7 +583,7 @@ def _record(
     held_out: str,
     seconds: float,
 ) -> dict[str, Any]:
-    chosen, reason = pick(rungs[-1], auto)
+    chosen, reason = pick(decisive(rungs), auto.monitor, auto.mode)
     root = copy.deepcopy(cfg)
     with open_dict(root):
         root.mask = chosen.setting.mask
@@ -816,7 +642,7 @@ def _show(record: dict[str, Any], auto: Auto) -> None:
             noise = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
             behind = f"{abs(row['difference']):.4f}{noise}" if row["difference"] else ""
             score = row["error"] if row["score"] is None else f"{row['score']:.4f}"
-            numbers = map(_number, (row["density"], row["lr"], row["entries"]))
+            numbers = map(number, (row["density"], row["lr"], row["entries"]))
             table.add_row(str(rung["steps"]), row["strategy"], *numbers, score, behind, f"{row['seconds']:.0f}")
         table.add_section()
     console = Console()
@@ -824,7 +650,3 @@ def _show(record: dict[str, Any], auto: Auto) -> None:
     for row in record["left_out"]:
         print(f"left out: {row['name']}: {row['why']}")
     print(f"mask=auto chose {record['choice']['reason']} It took {record['seconds']:.0f} s.")
-
-
-def _number(value: int | float | None) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}"

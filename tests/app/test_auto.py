@@ -14,8 +14,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_mask.app import auto
-from lightning_mask.app.auto import Outcome, Setting, choose, difference, halve, pick, wait_for
+from lightning_mask.app import auto, halving
+from lightning_mask.app.auto import choose, wait_for
+from lightning_mask.app.halving import Outcome, Setting, decisive, difference, halve, pick
 from lightning_mask.app.train import _model, train
 from lightning_mask.data import ImageData, mnist5k
 from lightning_mask.tasks import ImageClassifier
@@ -260,7 +261,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, scores: dict[str, float | None], per_step: float) -> None:
         self.now, self.ran = 0.0, list[tuple[str, int]]()
         self.scores, self.per_step = scores, per_step
-        monkeypatch.setattr(auto, "time", SimpleNamespace(time=lambda: self.now))
+        monkeypatch.setattr(halving, "time", SimpleNamespace(time=lambda: self.now))
 
     def run(self, setting: Setting, steps: int) -> Outcome:
         self.now += steps * self.per_step
@@ -270,25 +271,20 @@ class Clock:
         return made
 
 
-def options(config: Config, *words: str) -> auto.Auto:
-    made: auto.Auto = instantiate(config(*QUICK, "mask.steps=1", "mask.minutes=1", *words).mask)
-    return made
-
-
-def test_halving_keeps_to_its_minutes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halving_keeps_to_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     scores: dict[str, float | None] = {"a": 3.0, "b": None, "c": 1.0, "d": 2.0, "e": 4.0, "f": 0.5}
     settings = [Setting(name, None, None, 1, {}) for name in scores]
 
-    def rungs(per_step: float, longest: int | None = None, *words: str) -> tuple[list[tuple[str, int]], list[str]]:
+    def rungs(per_step: float, longest: int | None = None, eta: int = 2) -> tuple[list[tuple[str, int]], list[str]]:
         clock = Clock(monkeypatch, scores, per_step)
-        _, untried = halve(settings, clock.run, options(config, *words), longest, 0.0)
+        _, untried = halve(settings, clock.run, steps=1, eta=eta, mode="min", minutes=1.0, longest=longest, started=0.0)
         return clock.ran, [s.strategy for s in untried]
 
     first = [(name, 1) for name in scores]
     assert rungs(0.1) == ([*first, ("f", 2), ("c", 2), ("d", 2), ("f", 4), ("c", 4)], [])
     assert rungs(0.1, 2) == ([*first, ("f", 2), ("c", 2), ("d", 2)], [])
-    assert rungs(0.1, None, "mask.eta=3") == ([*first, ("f", 3), ("c", 3)], [])
-    assert rungs(10.0) == ([*first[:3], ("c", 2)][:3], ["d", "e", "f"])  # 30 s for the first rung; then no time for two
+    assert rungs(0.1, eta=3) == ([*first, ("f", 3), ("c", 3)], [])
+    assert rungs(10.0) == (first[:3], ["d", "e", "f"])  # 30 s for the first rung; then no time for two
     assert rungs(7.0) == ([*first[:4], ("c", 2), ("d", 2)], ["e", "f"])
     with pytest.raises(
         ValueError, match=r"mask\.minutes=1 is too short: a trial of 1 steps takes 31 s, and there are 6"
@@ -299,8 +295,17 @@ def test_halving_keeps_to_its_minutes(config: Config, monkeypatch: pytest.Monkey
         rungs(0.1)
 
 
-def test_what_the_held_out_examples_cannot_separate_is_decided_by_the_number_of_entries(config: Config) -> None:
-    ways = options(config)
+def test_a_setting_that_fails_in_a_longer_trial_is_not_chosen() -> None:
+    first = [outcome("a", 1.0), outcome("b", 2.0), outcome("c", 3.0)]
+    assert decisive([first]) == first
+    assert [o.setting.strategy for o in decisive([first, [outcome("a", None), outcome("b", 2.0)]])] == ["b"]
+    assert [o.setting.strategy for o in decisive([first, [outcome("a", None), outcome("b", None)]])] == ["c"]
+    with pytest.raises(ValueError, match=r"no candidate could be trained \(a: broke\)"):
+        decisive([first[:1], [outcome("a", None)]])
+
+
+def test_what_the_held_out_examples_cannot_separate_is_decided_by_the_number_of_entries() -> None:
+    ways = ("val/loss", "min")
     weights = torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
 
     def of(name: str, losses: list[float], entries: int) -> Outcome:
@@ -312,22 +317,22 @@ def test_what_the_held_out_examples_cannot_separate_is_decided_by_the_number_of_
     best, near, far = of("best", [1, 2, 3], 900), of("near", [1.4, 1.8, 3.1], 500), of("far", [2, 3, 4.1], 10)
     # d = 0.4, -0.2, 0.1 with weights 1, 1, 2: mean 0.1; sum of (w (d - mean))^2 = 0.09 + 0.09 + 0
     assert difference(near, best) == pytest.approx((0.1, math.sqrt(3 / 2 * 0.18) / 4))
-    chosen, reason = pick([far, near, best], ways)
+    chosen, reason = pick([far, near, best], *ways)
     assert chosen is near
     assert "no difference seen between best and near" in reason
     assert "near trains the fewest entries (500)" in reason
-    chosen, reason = pick([far, best], ways)
+    chosen, reason = pick([far, best], *ways)
     assert chosen is best
     assert "far follows 1.05 behind (standard error" in reason
     near.losses = None
-    chosen, reason = pick([near, best], ways)
+    chosen, reason = pick([near, best], *ways)
     assert chosen is best
     assert "how much of that is noise is not known" in reason
     near.score, best.score = 0.9, 0.8  # another figure than the mean loss, and higher is better
-    chosen, reason = pick([near, best], options(config, "mask.monitor=val/accuracy", "mask.mode=max"))
+    chosen, reason = pick([near, best], "val/accuracy", "max")
     assert chosen is near
     assert "not known" in reason
-    assert pick([far, outcome("broken", None)], ways)[0] is far
+    assert pick([far, outcome("broken", None)], *ways)[0] is far
 
 
 @pytest.mark.slow

@@ -1,0 +1,226 @@
+"""Successive halving: from the outcomes of short runs to a choice, and why.
+
+* Halving: all settings train for ``steps``; the best 1 / ``eta`` of them start again with ``eta`` times as many, and so on
+  until one is left (Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016,
+  algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018).
+* The choice: among the settings of the last round that two or more ran, those whose loss is within one standard error of the
+  best's cannot be told from it; of these the one that trains the fewest entries is taken (the one-standard-error rule,
+  Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3, with the error of the paired difference).
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Amount = float | int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A strategy with its density and learning rate.
+
+    Attributes:
+        strategy: Name of the candidate.
+        density: Its density; None: it has none, or its own.
+        lr: Learning rate; None: the run's.
+        entries: Number of entries that would train; None: known after a trial only.
+        mask: Config block, not resolved.
+    """
+
+    strategy: str
+    density: Amount | None
+    lr: float | None
+    entries: int | None
+    mask: dict[str, Any] = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        density = "" if self.density is None else f" {number(self.density)}"
+        return f"{self.strategy}{density}" + ("" if self.lr is None else f" at lr {self.lr:g}")
+
+
+@dataclass
+class Outcome:
+    """What became of a setting in one rung.
+
+    Attributes:
+        score: The monitored figure; None where the trial failed.
+        error: Why it failed, or was dropped.
+        seconds: Wall-clock seconds.
+        entries: Entries that trained at its end.
+        optimizer_bytes: Bytes of optimizer state.
+        seconds_per_step: Of training.
+        losses: Of the held-out examples, [n], and their weights; None: the module does not return them.
+        folder: Of the trial, below the run's.
+    """
+
+    setting: Setting
+    steps: int
+    score: float | None
+    error: str | None
+    seconds: float
+    entries: int | None
+    optimizer_bytes: int | None
+    seconds_per_step: float
+    losses: tuple[Tensor, Tensor] | None
+    folder: str
+
+
+def halve(
+    settings: Sequence[Setting],
+    run: Callable[[Setting, int], Outcome],
+    *,
+    steps: int,
+    eta: int,
+    mode: str,
+    minutes: float,
+    longest: int | None,
+    started: float,
+) -> tuple[list[list[Outcome]], list[Setting]]:
+    """Run settings by successive halving; return the outcomes of each rung, and the settings for which there was no time.
+
+    The first rung may take half of the minutes; later ones, as many of the best as there is time for, by what their trials
+    took before. There are no rungs of a single setting: nothing could be compared.
+
+    Args:
+        settings: What to try, the more promising first.
+        run: Trains one for a number of steps.
+        steps: Of the first rung.
+        eta: The best 1 / eta of a rung go on, for eta times as many steps.
+        mode: Which score is better: "min" or "max".
+        minutes: Time for all.
+        longest: Steps of the whole run, which no trial exceeds; None: not known.
+        started: When the clock started.
+
+    Raises:
+        ValueError: If there is no time for two settings, or none of them could be trained.
+    """
+    limit = minutes * 60
+    steps = min(steps, longest or steps)
+    outcomes: list[Outcome] = []
+    for place, setting in enumerate(settings):
+        took = sum(o.seconds for o in outcomes) / max(place, 1)
+        passed = time.time() - started
+        if place == 1 and passed + took > limit:
+            raise ValueError(
+                f"mask.minutes={minutes:g} is too short: a trial of {steps} steps takes {took:.0f} s, and there are "
+                f"{len(settings)}. About {math.ceil((len(settings) * took * 2) / 60)} minutes are enough for all; fewer "
+                "mask.candidates, mask.densities, mask.rates or mask.steps take less."
+            )
+        if place >= 2 and passed + took > limit / 2:
+            break
+        outcomes.append(run(setting, steps))
+    rungs, untried = [outcomes], list(settings[len(outcomes) :])
+    while True:
+        ranked = rank(rungs[-1], mode)
+        if not ranked:
+            reasons = "; ".join(f"{o.setting.name}: {o.error}" for o in rungs[-1][:3])
+            raise ValueError(f"mask=auto: no candidate could be trained ({reasons}).")
+        more = min(steps * eta, longest or steps * eta)
+        kept, estimate = [], time.time() - started
+        for outcome in ranked[: -(-len(ranked) // eta)]:
+            estimate += outcome.seconds + (more - steps) * outcome.seconds_per_step
+            if estimate <= limit:
+                kept.append(outcome.setting)
+        if len(kept) < 2 or more == steps:
+            return rungs, untried
+        steps = more
+        rungs.append([run(setting, steps) for setting in kept])
+        if not rank(rungs[-1], mode):
+            return rungs, untried
+
+
+def decisive(rungs: Sequence[Sequence[Outcome]]) -> list[Outcome]:
+    """Return the outcomes that decide: those of the last rung with settings that failed in none.
+
+    Raises:
+        ValueError: If all settings that went on failed, and there were no others.
+    """
+    failed = [o.setting for rung in rungs for o in rung if o.score is None]
+    for rung in reversed(rungs):
+        if left := [o for o in rung if o.setting not in failed]:
+            return left
+    error = rungs[-1][0]
+    raise ValueError(f"mask=auto: no candidate could be trained ({error.setting.name}: {error.error}).")
+
+
+def rank(outcomes: Sequence[Outcome], mode: str) -> list[Outcome]:
+    """Return the outcomes that have a score, the best first; of equal ones, those with fewer entries first."""
+    sign = 1 if mode == "min" else -1
+    scored = [
+        (sign * o.score, o.entries if o.entries is not None else math.inf, o) for o in outcomes if o.score is not None
+    ]
+    return [o for *_, o in sorted(scored, key=lambda row: row[:2])]
+
+
+def difference(one: Outcome, other: Outcome) -> tuple[float, float | None]:
+    """Return the score of one less that of another, and its standard error; None: not known.
+
+    For a mean over n examples, weighted by w: the error of ``sum(w d) / sum(w)``, with d the difference of the two losses of
+    an example, is ``sqrt(n / (n - 1) * sum(w^2 (d - mean)^2)) / sum(w)`` (Cochran, "Sampling Techniques", 1977, chapter 6:
+    the ratio estimator). It is known where the score is the mean of such losses.
+
+    Args:
+        one: An outcome with a score.
+        other: Another one, on the same examples.
+    """
+    assert one.score is not None
+    assert other.score is not None
+    gap = one.score - other.score
+    if one.losses is None or other.losses is None or len(one.losses[0]) != len(other.losses[0]):
+        return gap, None
+    (a, weights), (b, _) = one.losses, other.losses
+    for losses, score in ((a, one.score), (b, other.score)):
+        if abs(float((weights * losses).sum() / weights.sum()) - score) > 1e-3 * max(abs(score), 1e-3):
+            return gap, None
+    n, d = len(a), a - b
+    mean = (weights * d).sum() / weights.sum()
+    spread = (weights.square() * (d - mean).square()).sum() * n / max(n - 1, 1)
+    return gap, float(spread.sqrt() / weights.sum()) if n > 1 else None
+
+
+def pick(outcomes: Sequence[Outcome], monitor: str, mode: str) -> tuple[Outcome, str]:
+    """Return the chosen outcome of a rung, and why, in a sentence.
+
+    Args:
+        outcomes: Of one rung, at least one of them with a score.
+        monitor: What the score is called.
+        mode: Which score is better: "min" or "max".
+    """
+    ranked = rank(outcomes, mode)
+    best = ranked[0]
+    others = [(o, *difference(o, best)) for o in ranked[1:]]
+    like = [o for o, gap, error in others if error is not None and abs(gap) <= error]
+    smallest = min([best, *like], key=lambda o: o.entries if o.entries is not None else math.inf)
+    what = f"{monitor} {best.score:.4g} after {best.steps} steps"
+    if like:
+        names = listed([o.setting.name for o in [best, *like]])
+        why = f"no difference seen between {names}: {what} of {best.setting.name}, the others within one standard error of it"
+        fewest = f"{smallest.setting.name} trains the fewest entries"
+        return smallest, f"{smallest.setting.name}: {why}; {fewest}{_counted(smallest)}."
+    why = f"{best.setting.name}: the best {what}{_counted(best)}"
+    if not others:
+        return best, f"{why}; nothing else could be trained."
+    second, gap, error = others[0]
+    margin = f"{second.setting.name} follows {abs(gap):.3g} behind"
+    noise = f" (standard error {error:.2g})." if error is not None else "; how much of that is noise is not known."
+    return best, f"{why}; {margin}{noise}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a person lists them."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _counted(outcome: Outcome) -> str:
+    return "" if outcome.entries is None else f" ({outcome.entries:,})"
+
+
+def number(value: int | float | None) -> str:
+    """Return a number as a person writes it; None: nothing."""
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}"
