@@ -82,7 +82,7 @@ def test_phases_name_every_argument_of_a_phase(config: Callable[..., DictConfig]
             assert set(phase) == takes
 
 
-@pytest.mark.parametrize("option", [option for option in GROUPS["mask"] if option != "auto"])  # which chooses another one
+@pytest.mark.parametrize("option", [option for option in GROUPS["mask"] if option != "auto"])
 def test_every_mask_makes_its_callback(option: str, config: Callable[..., DictConfig]) -> None:
     cfg = config(f"mask={option}", "callbacks=none")
     made = _callbacks(cfg)

@@ -220,7 +220,8 @@ def test_the_report_knows_the_bytes_of_the_optimizers_state() -> None:
     net, report = Net(), RunReport()
     fit(net, FreezeMask("head"), report)
     tensors, entries = len(list(net.head.parameters())), sum(p.numel() for p in net.head.parameters())
-    assert report.results()["optimizer_bytes"] == 4 * (2 * entries + tensors)  # two moments, and a count for each tensor
+    numbers = 2 * entries + tensors  # two moments, and a count for each tensor
+    assert report.results()["optimizer_bytes"] == 4 * numbers
 
 
 def test_the_report_raises_no_false_alarm() -> None:
