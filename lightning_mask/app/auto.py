@@ -278,9 +278,7 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
             longest=_steps(cfg),
             started=started,
         )
-    if untried:
-        why = "there was no time: raise mask.minutes, or lower mask.steps"
-        left_out.append({"name": listed([s.name for s in untried]), "why": why})
+    left_out += [{"name": s.name, "why": "there was no time: raise mask.minutes, or lower mask.steps"} for s in untried]
     record = _record(auto, cfg, rungs, left_out, where, time.time() - started)
     _show(record, auto)
     return record
@@ -647,6 +645,8 @@ def _show(record: dict[str, Any], auto: Auto) -> None:
         table.add_section()
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)
-    for row in record["left_out"]:
-        print(f"left out: {row['name']}: {row['why']}")
+    for why in dict.fromkeys(row["why"] for row in record["left_out"]):
+        names = [row["name"] for row in record["left_out"] if row["why"] == why]
+        shown = names if len(names) < 5 else [*names[:3], f"{len(names) - 3} more"]
+        print(f"left out: {listed(shown)}: {why}")
     print(f"mask=auto chose {record['choice']['reason']} It took {record['seconds']:.0f} s.")

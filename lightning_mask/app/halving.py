@@ -201,7 +201,9 @@ def pick(outcomes: Sequence[Outcome], monitor: str, mode: str) -> tuple[Outcome,
     if like:
         names = listed([o.setting.name for o in [best, *like]])
         why = f"no difference seen between {names}: {what} of {best.setting.name}, the others within one standard error of it"
-        fewest = f"{smallest.setting.name} trains the fewest entries"
+        fewest = (
+            "none of them trains fewer entries than the best" if smallest is best else "it trains the fewest entries"
+        )
         return smallest, f"{smallest.setting.name}: {why}; {fewest}{_counted(smallest)}."
     why = f"{best.setting.name}: the best {what}{_counted(best)}"
     if not others:

@@ -320,7 +320,12 @@ def test_what_the_held_out_examples_cannot_separate_is_decided_by_the_number_of_
     chosen, reason = pick([far, near, best], *ways)
     assert chosen is near
     assert "no difference seen between best and near" in reason
-    assert "near trains the fewest entries (500)" in reason
+    assert "it trains the fewest entries (500)" in reason
+    near.entries = 900
+    chosen, reason = pick([far, near, best], *ways)
+    assert chosen is best
+    assert "no difference seen" in reason
+    assert "none of them trains fewer entries than the best (900)" in reason
     chosen, reason = pick([far, best], *ways)
     assert chosen is best
     assert "far follows 1.05 behind (standard error" in reason
