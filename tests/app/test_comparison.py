@@ -23,6 +23,7 @@ from lightning_mask.app.comparison import (
     summarise,
     where,
 )
+from lightning_mask.app.comparison.tables import as_markdown
 from lightning_mask.core.maskset import MaskSet
 
 
@@ -77,9 +78,7 @@ def rows_of(rows: list[Row], strategy: str) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    from lightning_mask.app.comparison import _as_markdown
-
-    return _as_markdown(rows, ("dense", "head", "random"), ())
+    return as_markdown(rows, ("dense", "head", "random"), ())
 
 
 def test_holm_steps_down() -> None:

@@ -12,24 +12,11 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lightning_mask.app.comparison import Overlap, Row, Where, density_text, percent
+from lightning_mask.app.comparison.masks import Overlap, Where
+from lightning_mask.app.comparison.statistics import Row, density_text, percent
 
 _COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "navy", "limegreen", "magenta", "goldenrod", "gray")
-_MARKERS = (
-    "o",
-    "s",
-    "^",
-    "D",
-    "v",
-    "P",
-    "X",
-    "<",
-    ">",
-    "p",
-    "h",
-    "*",
-    "d",
-)  # 13 to 14 colours: 182 pairs
+_MARKERS = "os^DvPX<>ph*d"  # 13 to 14 colours: 182 pairs
 _BANDS = ("black", "tab:brown", "dimgray")
 _SPREAD = 0.1
 """Decades over which the strategies at one density are spread, so that their error bars lie beside each other."""
@@ -41,7 +28,7 @@ def quality(rows: Sequence[Row], baselines: Sequence[str], path: Path) -> None:
     A baseline without a density is a band over the whole width, any other strategy without one a point at its own size.
 
     Args:
-        rows: What ``comparison.summarise`` returned.
+        rows: What :func:`~lightning_mask.app.comparison.statistics.summarise` returned.
         baselines: Names.
         path: File to write, PNG.
     """
@@ -106,11 +93,7 @@ def quality(rows: Sequence[Row], baselines: Sequence[str], path: Path) -> None:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     if drawn:
-        names = [
-            name
-            for name in [*(b for b in baselines if b in drawn), *(o for o in others if o not in baselines)]
-            if name in drawn
-        ]
+        names = [name for name in [*baselines, *(o for o in others if o not in baselines)] if name in drawn]
         figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize=9, frameon=False)
     _save(figure, path)
 
@@ -119,7 +102,7 @@ def where(tables: Sequence[Where], path: Path) -> None:
     """Draw the share of a mask's entries in each block and type of module: a line for each strategy, a row for each task.
 
     Args:
-        tables: What ``comparison.where`` returned.
+        tables: What :func:`~lightning_mask.app.comparison.masks.where` returned.
         path: File to write, PNG.
     """
     widest = max(len(table.blocks) for table in tables), max(len(table.kinds) for table in tables)
@@ -143,7 +126,7 @@ def overlap(tables: Sequence[Overlap], path: Path) -> None:
     """Draw the Jaccard matrices in per cent: a row of panels for each task, a column for each density.
 
     Args:
-        tables: What ``comparison.overlap`` returned.
+        tables: What :func:`~lightning_mask.app.comparison.masks.overlap` returned.
         path: File to write, PNG.
     """
     tasks = list(dict.fromkeys(table.task for table in tables))
