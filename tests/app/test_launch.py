@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_module
 
 from lightning_mask.app.launch import digest, job_command
@@ -202,3 +203,15 @@ def test_a_model_dealt_out_over_two_processes_trains_goes_on_and_is_tested(tmp_p
     assert summary["mask"]["held_changed"] == 0
     assert {row["held_by"] for row in summary["mask"]["tensors"]} >= {"compact", "requires_grad"}
     assert 0 <= summary["metrics"]["test/accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_optuna_searches_rate_and_density_by_the_validation_loss(tmp_path: Path) -> None:
+    words = [*TINY, "sweep=optuna", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=search", "test=false", "logger=none"]
+    done = train_command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    losses = [json.loads((tmp_path / f"search/{i}/summary.json").read_text())["metrics"]["val/loss"] for i in (0, 1)]
+    best = yaml.safe_load((tmp_path / "search/optimization_results.yaml").read_text())
+    assert best["best_value"] == pytest.approx(min(losses))
+    assert 1e-4 <= best["best_params"]["lr"] <= 1e-2
+    assert 1e-3 <= best["best_params"]["mask.density"] <= 1e-1
