@@ -40,6 +40,14 @@ def test_the_wheel_has_every_config_the_licence_and_the_types(installed: Path) -
 
 
 @pytest.mark.slow
+def test_the_wheel_has_every_module(installed: Path) -> None:
+    def modules(root: Path) -> set[str]:
+        return {str(f.relative_to(root)) for f in (root / "lightning_mask").rglob("*.py") if "conf" not in f.parts}
+
+    assert modules(installed) == modules(REPO) > {"lightning_mask/core/engine.py"}
+
+
+@pytest.mark.slow
 def test_the_wheel_trains_from_any_folder(installed: Path, tmp_path: Path) -> None:
     code = "import sys, lightning_mask; print(lightning_mask.__file__); sys.argv[0] = 'lightning-mask-train'"
     code += "; from lightning_mask.app.train import main; main()"
