@@ -146,16 +146,18 @@ class MaskSet(Mapping[str, Tensor]):
             "hash": self.hash(),
             "recipe": json.dumps(self.recipe),
         }
-        if any(sharding.is_sharded(mask) for mask in self.values()) and dist.get_rank() != 0:
-            return
+        together = any(sharding.is_sharded(mask) for mask in self.values())
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(bits, temporary, metadata=metadata)
-            os.replace(temporary, path)
+            if not together or dist.get_rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(bits, temporary, metadata=metadata)
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+            if together:
+                dist.barrier()  # on every rank the file is there when this returns
 
     def _follows_recipe(self) -> bool:
         """Whether drawing again, as :meth:`load` would, gives these very masks."""
