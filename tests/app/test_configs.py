@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_method, instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -171,7 +172,9 @@ def test_sweeps_say_what_they_sweep() -> None:
             cfg = compose("train", overrides=[f"sweep={option}"], return_hydra_config=True)
             assert cfg.hydra.mode.name == "MULTIRUN"
             for key, values in OmegaConf.to_container(cfg.hydra.sweeper.params).items():  # type: ignore[union-attr]
-                for value in str(values).split(","):
+                swept = OverridesParser.create().parse_override(f"{key}={values}")
+                span = swept.value() if swept.is_interval_sweep() else None
+                for value in str(values).split(",") if span is None else (span.start, span.end):
                     compose("train", overrides=[f"{key}={value}"])
 
 
