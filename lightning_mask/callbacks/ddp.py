@@ -6,7 +6,64 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_mask.core.distributed import require_equal
+from lightning_mask.core.engine import MaskEngine
+from lightning_mask.core.maskset import MaskSet
 from lightning_mask.core.wire import Wire, compatible, reduce_active
+
+
+class Reduction:
+    """What DDP reduces in one fit: the tensors that train, and of those held in part the active entries alone.
+
+    Args:
+        strategy: Lightning's DDPStrategy, set up.
+        trainable: Names of the tensors that its reducer owns.
+        regrows: Whether entries come back that need their gradient in that very step, so that whole tensors are reduced.
+
+    Attributes:
+        wire: What reduces the active entries alone; None as long as whole tensors are reduced.
+    """
+
+    def __init__(self, strategy: Strategy, trainable: set[str], regrows: bool) -> None:
+        self.strategy, self._owned = strategy, trainable
+        self.wire: Wire | None = None
+        self._whole = "PruneMask(regrow=...) trains entries from the step on in which they come back" if regrows else ""
+        self._looked = False
+        self._sent: MaskSet | None = None
+
+    def sync(self, engine: MaskEngine, begun: bool) -> str | None:
+        """Go by the masks in force; between two steps, on all ranks, which agree on the tensors first.
+
+        Args:
+            engine: Holds the masks.
+            begun: Whether everybody has had the chance to register a communication hook.
+
+        Returns:
+            A line for the user, when it turns out that whole tensors are reduced.
+        """
+        trainable, changed, line = engine.trainable, self._sent is not engine.masks, None
+        entries = engine.active_entries() if changed else {}
+        if entries and begun and not self._looked:
+            line = self._lay_wire()
+        if set(trainable) != self._owned:
+            require_equal(trainable, "The set of tensors that train")
+            rebuild_reducer(self.strategy, self.wire)
+            self._owned = set(trainable)
+        if changed and self.wire is not None:
+            self.wire.set(entries)
+        self._sent = engine.masks if begun else None
+        return line
+
+    def _lay_wire(self) -> str | None:
+        """Reduce active entries alone from now on, unless somebody needs the others."""
+        self._looked = True
+        if not self._whole:
+            self.wire, hook = make_wire(self.strategy)
+            self._whole = f"the communication hook {hook} takes whole tensors" if hook else ""
+        if self._whole:
+            return f"The gradients of held entries are reduced over the ranks too: {self._whole}"
+        self._owned = set()  # a communication hook comes with a new reducer
+        return None
 
 
 def make_wire(strategy: Strategy) -> tuple[Wire | None, str | None]:

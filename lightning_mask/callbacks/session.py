@@ -10,33 +10,33 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_mask.callbacks import calibration, random_state
-from lightning_mask.callbacks.ddp import make_wire, rebuild_reducer
+from lightning_mask.callbacks.ddp import Reduction
+from lightning_mask.callbacks.engine_choice import choose_engine
 from lightning_mask.callbacks.optimizer_names import arrange
 from lightning_mask.callbacks.sharded import STORED, numbers_of, state_of, take_over
 from lightning_mask.core import sharding
 from lightning_mask.core.criteria import Context, named_seed
-from lightning_mask.core.distributed import require_equal, require_equal_masks
+from lightning_mask.core.distributed import require_equal_masks
 from lightning_mask.core.engine import MaskEngine
 from lightning_mask.core.maskset import MaskSet, active, both, full
 from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.schedules import Run
 from lightning_mask.core.selection import Selection, select
-from lightning_mask.core.wire import Wire
 
 if TYPE_CHECKING:
     from lightning_mask.callbacks.base import MaskCallback
@@ -71,11 +71,8 @@ class Session:
         self.stored: dict[str, Any] = {}
         self._checkpoint: dict[str, Any] | None = None
         self.engine_reason = ("dense", "")
-        self._reduced: set[str] = set()
         self._begun = False
-        self._wire: Wire | None = None
-        self._whole_tensors = ""
-        self._sent: MaskSet | None = None
+        self._reduction: Reduction | None = None
         self._required: dict[str, bool] = {}
         self.owned: set[str] = set()
         """Names of the tensors that an optimizer held before this fit."""
@@ -94,7 +91,7 @@ class Session:
         """Optimizer steps done."""
         return self.trainer.global_step
 
-    @property
+    @cached_property
     def sharded(self) -> bool:
         """Whether the parameters are dealt out over the ranks."""
         return sharding.deals_out(self.module)
@@ -209,7 +206,9 @@ class Session:
         shared = next((m._shared for m in self.members if m._shared), None)
         if any(member.needs_reference for member in self.members):
             self.reference = self._start_of_training(shared)
-        self._reduced = self.trainable
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            regrows = any(pruner.regrow for pruner in self.pruners)
+            self._reduction = Reduction(self.trainer.strategy, self.trainable, regrows)
         for member in sorted(self.members, key=lambda m: m is self.phases):  # a phase may build on the FreezeMasks
             member.begin(self)
         self._hold()
@@ -257,7 +256,8 @@ class Session:
 
     def before_batch(self) -> None:
         """Put new phases and redrawn masks in force, between two optimizer steps."""
-        sharding.reshard(self.module)
+        if self.sharded:
+            sharding.reshard(self.module)
         self._begun = True  # by now every callback had its say in on_train_start, about communication hooks too
         self.settle()
         if self._averages and self._epoch != self.trainer.current_epoch and self.engine is not None:
@@ -426,9 +426,8 @@ class Session:
         if self.engine is None:
             self.zero_pruned()
             self.engine_reason = choose_engine(self.trainer, self.module, {m.engine for m in self.members})
-            reduced = isinstance(self.trainer.strategy.model, DistributedDataParallel)
             readers = any(p.regrow for p in self.pruners) or any(m.own_criterion for m in self.members)
-            early = not reduced and (self.trainer.world_size == 1 or self.sharded) and not readers
+            early = (self.trainer.world_size == 1 or self.sharded) and self._reduction is None and not readers
             self.engine = MaskEngine(
                 self.module,
                 self.trainer.optimizers,
@@ -457,33 +456,12 @@ class Session:
                 )
 
     def _sync_reducer(self) -> None:
-        """Give DDP a reducer for the tensors that train now, and tell it which entries; all ranks agree on them first."""
+        """Let DDP reduce what trains now, and nothing else."""
         assert self.engine is not None
-        if not isinstance(self.trainer.strategy.model, DistributedDataParallel):
-            return
-        trainable, changed = self.engine.trainable, self._sent is not self.engine.masks
-        entries = self.engine.active_entries() if changed else {}
-        if entries and self._begun and self._wire is None and not self._whole_tensors:
-            self._lay_wire()
-        if set(trainable) != self._reduced:
-            require_equal(trainable, "The set of tensors that train")
-            rebuild_reducer(self.trainer.strategy, self._wire)
-            self._reduced = set(trainable)
-        if changed and self._wire is not None:
-            self._wire.set(entries)
-        self._sent = self.engine.masks if self._begun else None
-
-    def _lay_wire(self) -> None:
-        """Reduce active entries alone from now on, unless somebody needs the others."""
-        if any(pruner.regrow for pruner in self.pruners):
-            self._whole_tensors = "PruneMask(regrow=...) trains entries from the step on in which they come back"
-        else:
-            self._wire, hook = make_wire(self.trainer.strategy)
-            self._whole_tensors = f"the communication hook {hook} takes whole tensors" if hook else ""
-        if self._whole_tensors:
-            self.say(f"The gradients of held entries are reduced over the ranks too: {self._whole_tensors}")
-        else:
-            self._reduced = set()  # a communication hook comes with a new reducer
+        if self._reduction is not None:
+            line = self._reduction.sync(self.engine, self._begun)
+            if line:
+                self.say(line)
 
     # What a person sees.
 
@@ -521,27 +499,3 @@ class Session:
 
 
 _REFUSED = (FSDPStrategy, DeepSpeedStrategy)
-
-
-def choose_engine(trainer: Trainer, module: LightningModule, asked: set[str]) -> tuple[str, str]:
-    """Return how partly held tensors are held, and why.
-
-    Compact, unless the user asked for dense, or code of theirs may read ``.grad`` after backward: that of a partly held
-    tensor is gone by then.
-    """
-    if "dense" in asked:
-        return "dense", "engine='dense' was asked for"
-    if "compact" in asked:
-        return "compact", "engine='compact' was asked for; .grad of such a tensor is None after backward"
-    if not module.automatic_optimization:
-        return "dense", "manual optimization may read gradients"
-    hooks = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
-    own = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
-    for hook in (*hooks, *own):
-        if is_overridden(hook, module):
-            return "dense", f"{type(module).__name__}.{hook} may read gradients (engine='compact' if it does not)"
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        foreign = not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_mask."))
-        if foreign and any(getattr(type(callback), h, None) is not getattr(Callback, h) for h in hooks):
-            return "dense", f"{type(callback).__name__} may read gradients (engine='compact' if it does not)"
-    return "compact", "only active entries reach the optimizer; .grad of such a tensor is None after backward"

@@ -187,7 +187,7 @@ class Wired(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.gaps.append(replica_gap(pl_module))
         session = next(c._session for c in trainer.callbacks if getattr(c, "_session", None) is not None)
-        wire = session._wire
+        wire = session._reduction.wire
         self.bytes.append(-1 if wire is None else wire.bytes)
         if wire is not None:
             wire.bytes = 0
