@@ -234,11 +234,38 @@ def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
-class Watch(Callback):
-    """What each rank holds when a step begins."""
+class Alive(Callback):
+    """By tensor, whether its dense gradient is still there when backward has just made it and we have seen it."""
 
     def __init__(self) -> None:
-        self.grads: list[int] = []
+        self.seen: dict[str, list[bool]] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if not self.seen:  # hooks run in the order in which they came: the engine's are there since training began
+            for name, parameter in ((n, p) for n, p in pl_module.named_parameters() if p.requires_grad):
+                note = self.seen.setdefault(name, [])
+                parameter.register_post_accumulate_grad_hook(lambda p, note=note: note.append(p.grad is not None))
+
+
+def freed() -> dict[str, Any]:
+    """Gradients of tensors of which some entries train are let go of while backward goes on; those of whole ones stay."""
+    alive, freeze, net = (
+        Alive(),
+        FreezeMask("head", score="magnitude", density=0.1, scope="blocks.*.lin.weight"),
+        Dealt(),
+    )
+    train([freeze, alive], net)
+    partly = [n for n in alive.seen if n.endswith("lin.weight")]
+    return {
+        "partly": [alive.seen[name] for name in partly],
+        "whole": [alive.seen[f"head.{name}"] for name in ("weight", "bias")],
+    }
+
+
+class Watch(Callback):
+    """What each rank holds after each step."""
+
+    def __init__(self) -> None:
         self.states: list[int] = []
         self.hashes: list[str] = []
 
@@ -246,7 +273,6 @@ class Watch(Callback):
         callback = next(c for c in trainer.callbacks if getattr(c, "_session", None) is not None)
         engine = callback._session.engine
         self.hashes.append(engine.masks.hash())
-        self.grads.append(sum(local(p.grad).numel() for p in pl_module.parameters() if p.grad is not None))
         state = trainer.optimizers[0].state.values()
         self.states.append(sum(local(v).numel() for s in state for v in s.values() if torch.is_tensor(v) and v.dim()))
 
@@ -605,6 +631,7 @@ def main(folder: Path) -> None:
     }
     cases |= {
         "clipped": clipped,
+        "freed": freed,
         "saved file": lambda: saved_file(folder / "report"),
         "plateau": plateau,
         "refused": refused,

@@ -60,6 +60,13 @@ def test_shards_choose_the_masks_of_ddp_and_learn_the_same(ranks: list[dict[str,
 
 
 @pytest.mark.slow
+def test_a_dense_gradient_is_freed_as_soon_as_backward_has_made_it(ranks: list[dict[str, Any]]) -> None:
+    for seen in case(ranks, "freed"):
+        assert seen["partly"] == [[False] * 12] * 2
+        assert seen["whole"] == [[True] * 12] * 2
+
+
+@pytest.mark.slow
 def test_counts_are_of_the_whole_model(ranks: list[dict[str, Any]]) -> None:
     for rank in range(2):
         assert case(ranks, "one entry")[rank]["counts"] == [1]
