@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
+from lightning_mask.data.module import Part, SplitData
 from lightning_mask.data.packaged import need, package_file
 from lightning_mask.data.splits import hold_out, stratified_split, stratified_subset
 
@@ -123,7 +122,7 @@ def _split(
     return ImageSplits(images, labels, train, for_validation, for_test, class_names)
 
 
-class ImageData(LightningDataModule):
+class ImageData(SplitData):
     """Labelled images; training resumes in mid-epoch.
 
     Batches are dicts: ``pixel_values``, float32 [batch, channels, height, width], from [0, 1] brought to mean 0 and variance 1
@@ -158,18 +157,19 @@ class ImageData(LightningDataModule):
         deviation: float | None = None,
         hold_out: float | int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_size=train_size,
+            hold_out=hold_out,
+        )
         if (mean is None) != (deviation is None) or (deviation is not None and deviation <= 0):
             raise ValueError(f"mean and deviation (above 0) go together, got mean={mean} and deviation={deviation}.")
         self.source = source
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.train_size = train_size
         self.mean = mean
         self.deviation = deviation
-        self.hold_out = hold_out
         self._class_names: list[str] = []
         self._sets: dict[str, TensorDataset] = {}
         self._normalise: Normalise | None = None
@@ -210,37 +210,10 @@ class ImageData(LightningDataModule):
                 self._normalise = Normalise([self.mean], [self.deviation])
         return self._sets
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the loader for training: shuffled, and resumable in mid-epoch."""
-        images = self._load()["train"]
-        assert self._normalise is not None
-        return train_loader(
-            images,
-            collate=self._normalise,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            trainer=self.trainer,
-        )
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Return the loader for validation: every example once over all ranks."""
-        return self._eval("validation")
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Return the loader for the test: every example once over all ranks."""
-        return self._eval("test")
-
-    def _eval(self, name: str) -> ResumableLoader:
+    def _part(self, name: str) -> Part:
         images = self._load()[name]
         assert self._normalise is not None
-        return eval_loader(
-            images,
-            collate=self._normalise,
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            trainer=self.trainer,
-        )
+        return Part(images, self._normalise)
 
 
 class Normalise:

@@ -3,18 +3,17 @@
 from collections.abc import Callable
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
+from lightning_mask.data.module import Part, SplitData
 from lightning_mask.data.pretrained import load_tokenizer
-from lightning_mask.data.splits import Texts, TextSplits, hold_out_texts, stratified_subset
+from lightning_mask.data.splits import Texts, TextSplits, choose_texts
 from lightning_mask.data.tokens import Example, Pad, Tokens
 
 IGNORED = -100  # a label that no loss counts
 
 
-class LanguageData(LightningDataModule):
+class LanguageData(SplitData):
     """Texts with the next token as the label; training resumes in mid-epoch.
 
     Without a prompt, the model learns each text, and its end. With one, it learns to answer: the prompt is read, and only the
@@ -56,7 +55,14 @@ class LanguageData(LightningDataModule):
         group_by_length: bool = True,
         hold_out: float | int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_size=train_size,
+            hold_out=hold_out,
+        )
         if max_length < 3:
             raise ValueError(f"max_length must be at least 3, got {max_length}.")
         if prompt is not None and prompt.count("{text}") != 1:
@@ -65,13 +71,7 @@ class LanguageData(LightningDataModule):
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.train_size = train_size
         self.group_by_length = group_by_length
-        self.hold_out = hold_out
         self._splits: TextSplits | None = None
         self._tokens: dict[str, Tokens] = {}
         self._collate: PadAndLabel | None = None
@@ -80,11 +80,7 @@ class LanguageData(LightningDataModule):
     def splits(self) -> TextSplits:
         """The texts themselves; reads them when first asked for."""
         if self._splits is None:
-            splits = self.source()
-            if self.train_size is not None:
-                chosen = stratified_subset(splits.train.labels, self.train_size, seed=self.seed)
-                splits = TextSplits(splits.train.take(chosen), splits.validation, splits.test, splits.class_names)
-            self._splits = hold_out_texts(splits, self.hold_out, seed=self.seed)
+            self._splits = choose_texts(self.source(), self.train_size, self.hold_out, seed=self.seed)
         return self._splits
 
     @property
@@ -130,39 +126,12 @@ class LanguageData(LightningDataModule):
         ends = torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0)
         return Tokens({"input_ids": flat}, ends, torch.tensor(prompts, dtype=torch.int64))
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the loader for training: shuffled, and resumable in mid-epoch."""
-        tokens = self.tokens("train")
-        assert self._collate is not None
-        return train_loader(
-            tokens,
-            collate=self._collate,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            lengths=tokens.lengths if self.group_by_length else None,
-            trainer=self.trainer,
-        )
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Return the loader for validation: every example once over all ranks."""
-        return self._eval("validation")
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Return the loader for the test: every example once over all ranks."""
-        return self._eval("test")
-
-    def _eval(self, name: str) -> ResumableLoader:
+    def _part(self, name: str) -> Part:
         tokens = self.tokens(name)
         assert self._collate is not None
-        return eval_loader(
-            tokens,
-            collate=self._collate,
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            lengths=None,  # else the first batches, which a limit leaves, would be the longest texts alone
-            trainer=self.trainer,
-        )
+        # In evaluation none, else the first batches, which a limit leaves, would be the longest texts alone.
+        grouped = self.group_by_length and name == "train"
+        return Part(tokens, self._collate, tokens.lengths if grouped else None)
 
 
 class PadAndLabel:

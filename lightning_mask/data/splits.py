@@ -139,11 +139,22 @@ def hold_out(
     )
 
 
-def hold_out_texts(splits: TextSplits, amount: float | int | None, *, seed: int = 0) -> TextSplits:
-    """Return the sets with a part of the training set in place of the validation set (:func:`hold_out`); None: as they are."""
-    if amount is None:
-        return splits
-    train = splits.train
-    keys = [" ".join(text.casefold().split()) for text in train.texts]
-    rest, held = hold_out(train.labels, amount, seed=seed, keys=keys)
-    return TextSplits(train.take(rest), train.take(held), splits.test, splits.class_names)
+def choose_texts(splits: TextSplits, size: int | None, held: float | int | None, *, seed: int = 0) -> TextSplits:
+    """Return the sets with ``size`` texts to train on, a part of them (:func:`hold_out`) in place of the validation set.
+
+    Args:
+        splits: All texts.
+        size: As for :func:`stratified_subset`; None: all of the training set.
+        held: As for :func:`hold_out`; None: the validation set stays.
+        seed: Seed of both choices.
+
+    Raises:
+        ValueError: As the two functions do.
+    """
+    train, validation = splits.train, splits.validation
+    if size is not None:
+        train = train.take(stratified_subset(train.labels, size, seed=seed))
+    if held is not None:
+        keys = [" ".join(text.casefold().split()) for text in train.texts]
+        train, validation = map(train.take, hold_out(train.labels, held, seed=seed, keys=keys))
+    return TextSplits(train, validation, splits.test, splits.class_names)

@@ -4,15 +4,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule
-
-from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
+from lightning_mask.data.module import Part, SplitData
 from lightning_mask.data.pretrained import load_tokenizer
-from lightning_mask.data.splits import Texts, TextSplits, hold_out_texts, stratified_subset
+from lightning_mask.data.splits import Texts, TextSplits, choose_texts
 from lightning_mask.data.tokens import Pad, Tokens, tokenise
 
 
-class TextData(LightningDataModule):
+class TextData(SplitData):
     """Labelled texts, tokenised once and kept on disk, padded batch by batch; training resumes in mid-epoch.
 
     Batches are dicts: ``input_ids``, ``attention_mask`` and, where the model wants it, ``token_type_ids``, each int64
@@ -52,20 +50,21 @@ class TextData(LightningDataModule):
         group_by_length: bool = True,
         hold_out: float | int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_size=train_size,
+            hold_out=hold_out,
+        )
         if max_length < 3:
             raise ValueError(f"max_length must be at least 3 (two of them are special tokens), got {max_length}.")
         self.source = source
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.train_size = train_size
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else _user_cache()
         self.group_by_length = group_by_length
-        self.hold_out = hold_out
         self._splits: TextSplits | None = None
         self._tokens: dict[str, Tokens] = {}
         self._pad: Pad | None = None
@@ -74,11 +73,7 @@ class TextData(LightningDataModule):
     def splits(self) -> TextSplits:
         """The texts themselves; reads them when first asked for."""
         if self._splits is None:
-            splits = self.source()
-            if self.train_size is not None:
-                chosen = stratified_subset(splits.train.labels, self.train_size, seed=self.seed)
-                splits = TextSplits(splits.train.take(chosen), splits.validation, splits.test, splits.class_names)
-            self._splits = hold_out_texts(splits, self.hold_out, seed=self.seed)
+            self._splits = choose_texts(self.source(), self.train_size, self.hold_out, seed=self.seed)
         return self._splits
 
     @property
@@ -117,39 +112,10 @@ class TextData(LightningDataModule):
                 self._tokens[each] = tokenise(part.texts, part.labels, tokenizer, self.max_length, self.cache_dir)
         return self._tokens[name]
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the loader for training: shuffled, and resumable in mid-epoch."""
-        tokens = self.tokens("train")
-        assert self._pad is not None
-        return train_loader(
-            tokens,
-            collate=self._pad,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            lengths=tokens.lengths if self.group_by_length else None,
-            trainer=self.trainer,
-        )
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Return the loader for validation: every example once over all ranks."""
-        return self._eval("validation")
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Return the loader for the test: every example once over all ranks."""
-        return self._eval("test")
-
-    def _eval(self, name: str) -> ResumableLoader:
+    def _part(self, name: str) -> Part:
         tokens = self.tokens(name)
         assert self._pad is not None
-        return eval_loader(
-            tokens,
-            collate=self._pad,
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            lengths=tokens.lengths if self.group_by_length else None,
-            trainer=self.trainer,
-        )
+        return Part(tokens, self._pad, tokens.lengths if self.group_by_length else None)
 
 
 def _user_cache() -> Path:
