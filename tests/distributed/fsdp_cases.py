@@ -25,12 +25,14 @@ from little import Data, Little, differences, trainer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lightning_mask import FreezeMask, GradientMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 from lightning_mask.callbacks.report import RunReport
 from lightning_mask.core import MaskEngine
+from lightning_mask.core.criteria import Context
+from lightning_mask.core.ranking import top_k
 from lightning_mask.tasks.task import Task
 
 STEPS = 12
@@ -563,12 +565,45 @@ def refused() -> dict[str, str]:
     mesh = init_device_mesh("cpu", (2,))
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     parallelize_module(net, mesh, {"0": ColwiseParallel()})
-    net[0].weight = nn.Parameter(net[0].weight.redistribute(placements=[torch.distributed.tensor.Shard(1)]))
+    net[0].weight = nn.Parameter(net[0].weight.redistribute(placements=[Shard(1)]))
     try:
         MaskEngine(net, torch.optim.SGD(net.parameters(), lr=0.1), {})
     except ValueError as error:
         return {"columns": str(error)}
     return {}
+
+
+def ranked() -> dict[str, Any]:
+    """Scores that all ranks have beside scores that are dealt out, full of ties: ranked as the same scores whole."""
+    drawn = torch.Generator().manual_seed(0)
+    first, second, third = (torch.randint(0, 3, shape, generator=drawn).float() for shape in ((6,), (5, 3), (4,)))
+    dealt = distribute_tensor(second, init_device_mesh("cpu", (2,)), [Shard(0)])
+    wrong = []
+    for k in range(26):
+        ours, expected = top_k([first, dealt, third], k), top_k([first, second, third], k)
+        full = [m.full_tensor() if isinstance(m, DTensor) else m for m in ours]
+        wrong += [] if all(torch.equal(a, b) for a, b in zip(full, expected, strict=True)) else [k]
+    return {"wrong": wrong}
+
+
+def criterion_leaves_gradients() -> dict[str, Any]:
+    """A criterion between backward and step: the step's own gradients stand where they stood."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3))
+    for layer in net:
+        fully_shard(layer)
+    fully_shard(net)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    net(x).sum().backward()
+    parameters: dict[str, Tensor] = dict(net.named_parameters())
+    before = {name: local(p.grad).clone() for name, p in parameters.items()}
+    context = Context(net, loss=lambda batch: net(batch).square().sum(), batches=lambda: [x, 2 * x])
+    found = list(context.gradients(parameters))
+    return {
+        "batches": len(found),
+        "kept": [n for n, p in parameters.items() if not torch.equal(local(p.grad), before[n])],
+        "others": [n for n in before if before[n].numel() and torch.equal(local(found[0][n]), before[n])],
+    }
 
 
 def plain_loop() -> dict[str, Any]:
@@ -635,6 +670,8 @@ def main(folder: Path) -> None:
         "saved file": lambda: saved_file(folder / "report"),
         "plateau": plateau,
         "refused": refused,
+        "ranked": ranked,
+        "criterion leaves gradients": criterion_leaves_gradients,
         "written": written,
         "validated": validated,
         "sharded masks": lambda: sharded_masks(folder / "masks"),

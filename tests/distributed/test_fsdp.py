@@ -67,6 +67,18 @@ def test_a_dense_gradient_is_freed_as_soon_as_backward_has_made_it(ranks: list[d
 
 
 @pytest.mark.slow
+def test_scores_that_all_ranks_have_are_ranked_beside_those_that_are_dealt_out(ranks: list[dict[str, Any]]) -> None:
+    for seen in case(ranks, "ranked"):
+        assert seen["wrong"] == []
+
+
+@pytest.mark.slow
+def test_a_criterion_leaves_the_gradients_of_the_step_alone(ranks: list[dict[str, Any]]) -> None:
+    for seen in case(ranks, "criterion leaves gradients"):
+        assert seen == {"batches": 2, "kept": [], "others": []}
+
+
+@pytest.mark.slow
 def test_counts_are_of_the_whole_model(ranks: list[dict[str, Any]]) -> None:
     for rank in range(2):
         assert case(ranks, "one entry")[rank]["counts"] == [1]
