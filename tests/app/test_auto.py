@@ -14,9 +14,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_mask.app import auto, halving
-from lightning_mask.app.auto import choose, wait_for
-from lightning_mask.app.halving import Outcome, Setting, decisive, difference, halve, pick
+from lightning_mask.app import auto
+from lightning_mask.app.auto import choose, halving, wait_for
+from lightning_mask.app.auto.halving import Outcome, Setting, decisive, difference, halve, pick
+from lightning_mask.app.auto.settings import all_settings
+from lightning_mask.app.auto.trial import hold_out
 from lightning_mask.app.train import _model, train
 from lightning_mask.data import ImageData, mnist5k
 from lightning_mask.tasks import ImageClassifier
@@ -185,7 +187,7 @@ def test_ranks_wait_for_the_first_of_their_own_launch(tmp_path: Path, config: Co
 
 def settings_of(cfg: DictConfig) -> tuple[list[Setting], list[dict[str, str]]]:
     made: Any = instantiate(cfg.mask)
-    return auto._settings(cfg, made, _model(cfg.copy(), instantiate(cfg.data)))
+    return all_settings(cfg, made, _model(cfg.copy(), instantiate(cfg.data)))
 
 
 def test_a_budget_leaves_out_what_exceeds_it_and_is_filled(config: Config) -> None:
@@ -242,7 +244,7 @@ def test_bad_input_is_refused_before_any_trial(
     monkeypatch.setattr("lightning_mask.data.ImageData", WithoutHoldOut)
     cfg = config(*FEW, "~data", "+data._target_=lightning_mask.data.ImageData")
     with caplog.at_level("INFO"):
-        assert auto._hold_out(cfg, instantiate(cfg.mask), WithoutHoldOut()) is None
+        assert hold_out(cfg, instantiate(cfg.mask), WithoutHoldOut()) is None
     assert "ImageData takes no hold_out, so that the trials are judged by its validation set" in caplog.text
 
 

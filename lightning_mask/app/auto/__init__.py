@@ -1,0 +1,169 @@
+"""`mask=auto`: short runs on the user's own data choose the strategy, its density and the learning rate.
+
+Each trial trains on the training set less a part that is held out of it, and is judged by the loss on that part, so that the
+validation and test figures of the run stay those of data that no choice has seen. All trials begin with the same seed: the
+same weights, held-out part and order of batches. The schedule of the learning rate spans a trial's own steps.
+
+In the order of the work: ``settings`` (what is tried), within a ``budget``; ``trial`` (one short run), ``halving`` (by which
+rule the trials decide) and ``account`` (what is written and shown of them).
+"""
+
+import copy
+import gc
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig, open_dict
+
+from lightning_mask.app import train as application
+from lightning_mask.app.auto.account import make_record, show
+from lightning_mask.app.auto.budget import bytes_of
+from lightning_mask.app.auto.halving import Outcome, Setting, halve
+from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
+from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
+from lightning_mask.app.launch import RUN
+from lightning_mask.app.summary import write_json
+from lightning_mask.app.trials import run_quietly
+
+__all__ = ["Auto", "HeldOut", "choose", "wait_for"]
+
+_FILE = "auto.json"
+
+
+def choose(cfg: DictConfig) -> DictConfig:
+    """Return the config of the run with the strategy, its density and the rate that trials found best; say why.
+
+    The first rank finds out and writes ``auto.json`` into the run's folder; the others read it, and so does a run that goes
+    on from a checkpoint (which looks into the folder that the checkpoint is in).
+
+    Args:
+        cfg: The composed root config; its ``mask`` is an :class:`Auto`.
+
+    Returns:
+        A copy with another ``mask`` and ``lr``, and with ``auto``: a summary of the choice.
+
+    Raises:
+        ValueError: If no candidate fits the budget or can be trained, or the time is too short.
+        FileNotFoundError: If a run goes on, and the choice that it began with is missing.
+    """
+    auto = instantiate(cfg.mask)
+    file = Path(cfg.paths.output_dir) / _FILE
+    token = os.environ.get(RUN, "")
+    if not _is_first():
+        return _with_choice(cfg, wait_for(file, token, 180 * auto.minutes + 600))
+    record = _before(cfg)
+    if record is None:
+        record = _find(cfg, auto)
+    else:
+        rank_zero_info(f"mask=auto was decided before: {record['choice']['reason']}")
+    write_json(file, {**record, "run": token})
+    return _with_choice(cfg, json.loads(file.read_text(encoding="utf-8")))
+
+
+def wait_for(file: Path, token: str, seconds: float) -> dict[str, Any]:
+    """Return the choice of the first rank, once it is there.
+
+    Args:
+        file: Where the first rank writes it.
+        token: What tells this launch from an earlier one in the same folder.
+        seconds: How long to wait.
+
+    Raises:
+        TimeoutError: If it does not come.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        if file.exists():
+            record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if record.get("run") == token:
+                return record
+        if time.monotonic() > until:
+            raise TimeoutError(
+                f"mask=auto: the first rank wrote no {file} within {seconds:.0f} s: all ranks need one folder that they share."
+            )
+        time.sleep(0.2)
+
+
+def _is_first() -> bool:
+    return all(
+        os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    )
+
+
+def _before(cfg: DictConfig) -> dict[str, Any] | None:
+    """The choice that the checkpoint to go on from was trained with; None: there is none to go on from."""
+    path = cfg.ckpt_path
+    if path is None:
+        return None
+    folder = Path(cfg.paths.output_dir) if path == "last" else Path(path).parent.parent
+    if (folder / _FILE).exists():
+        record: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        return record
+    if path == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
+        return None
+    raise FileNotFoundError(
+        f"ckpt_path={path} has no {folder / _FILE} that says what mask=auto chose: name the strategy with mask=..."
+    )
+
+
+def _with_choice(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
+    made = copy.deepcopy(cfg)
+    choice = dict(record["choice"])
+    with open_dict(made):
+        made.mask = choice.pop("mask")
+        if choice["lr"] is not None:
+            made.lr = choice["lr"]
+        made.auto = choice
+    return made
+
+
+def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
+    started = time.time()
+    if auto.rates is not None and not uses_lr(cfg):
+        raise ValueError(
+            "mask=auto finds the learning rate by way of lr=..., which no part of this config asks for: give lr=... in place "
+            "of optimizer.lr=..., or mask.rates=null to leave it alone."
+        )
+    if cfg.data.get("hold_out") is not None:
+        raise ValueError(
+            f"data.hold_out={cfg.data.hold_out} and mask=auto exclude each other: mask.held_out says what trials are judged by."
+        )
+    shutil.rmtree(Path(cfg.paths.output_dir) / "auto", ignore_errors=True)  # of a choice that was not finished
+    with alone():
+        data: LightningDataModule = instantiate(cfg.data)
+        # of a copy: instantiating resolves what the block refers to, in place, and so would fix the optimizer's rate
+        settings, left_out = all_settings(cfg, auto, application._model(copy.deepcopy(cfg), data))
+        held_out = hold_out(cfg, auto, data)
+        del data
+        most = bytes_of(auto.budget) if isinstance(auto.budget, str) else None
+        longest = cfg.trainer.get("max_steps")
+
+        def run(setting: Setting, steps: int) -> Outcome:
+            folder = Path(cfg.paths.output_dir) / "auto" / f"{steps:06d}-{settings.index(setting):03d}"
+            result = run_quietly(trial_config(cfg, auto, setting, steps, held_out, folder), folder)
+            gc.collect()
+            return outcome_of(auto, setting, steps, result, folder, most)
+
+        where = "of the training set" if held_out is not None else "of the validation set"
+        rank_zero_info(f"mask=auto: {len(settings)} settings to try, in {auto.minutes:g} minutes at most")
+        rungs, untried = halve(
+            settings,
+            run,
+            steps=auto.steps,
+            eta=auto.eta,
+            mode=auto.mode,
+            minutes=auto.minutes,
+            longest=longest if isinstance(longest, int) and longest > 0 else None,
+            started=started,
+        )
+    left_out += [{"name": s.name, "why": "there was no time: raise mask.minutes, or lower mask.steps"} for s in untried]
+    record = make_record(auto, cfg, rungs, left_out, where, time.time() - started)
+    show(record, auto)
+    return record

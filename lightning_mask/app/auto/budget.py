@@ -1,0 +1,87 @@
+"""How many entries may train, and how many a strategy would."""
+
+import re
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from lightning_mask import FreezeMask
+from lightning_mask.core.allocation import share
+from lightning_mask.core.patterns import resolve
+from lightning_mask.core.selection import share_out
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def limit_of(budget: int | float | str | None, cfg: DictConfig, model: nn.Module) -> int | None:
+    """Return the budget as a number of entries; None: no limit.
+
+    Raises:
+        ValueError: If it is no number, share or bytes, or in bytes while there is no optimizer.
+    """
+    if budget is None:
+        return None
+    total = sum(p.numel() for p in model.parameters())
+    limit: int | float
+    if isinstance(budget, str):
+        each = _bytes_of_an_entry(cfg)
+        # What is held densely (a tensor most of whose entries train) takes state for all of its entries: a tenth is for that.
+        limit = min(total, int(0.9 * bytes_of(budget) / each)) if each else total
+    else:
+        limit = share(budget, total) if isinstance(budget, float) and 0 < budget <= 1 else budget
+    if not isinstance(limit, int) or limit < 1:
+        raise ValueError(
+            f"mask.budget={budget!r} must be a number of entries from 1, a share in (0, 1], or bytes such as '10 MB'."
+        )
+    return limit
+
+
+def bytes_of(budget: str) -> int:
+    """Return how many bytes a text such as "10 MB" says.
+
+    Raises:
+        ValueError: If it says none.
+    """
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?I?B)\s*", budget.upper())
+    if not found:
+        raise ValueError(f"mask.budget={budget!r} must be bytes such as '10 MB', or a number or share of entries.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _bytes_of_an_entry(cfg: DictConfig) -> float:
+    """Bytes of state that the optimizer keeps for an entry, from one step of it."""
+    if cfg.get("optimizer") is None:
+        raise ValueError("A budget in bytes needs to know the optimizer: give optimizer=..., or the budget in entries.")
+    parameter = nn.Parameter(torch.zeros(4096))
+    parameter.grad = torch.zeros(4096)
+    optimizer = instantiate(cfg.optimizer)([parameter])
+    optimizer.step()
+    tensors = [v for v in optimizer.state[parameter].values() if isinstance(v, Tensor) and v.numel() > 1]
+    return sum(t.numel() * t.element_size() for t in tensors) / 4096
+
+
+def entries(callback: Any, model: nn.Module) -> int | None:
+    """Return how many entries a callback lets train, from its patterns and shares alone; None: that takes a run.
+
+    Args:
+        callback: The mask; None: all trains.
+        model: Whose entries.
+    """
+    if callback is None:
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not isinstance(callback, FreezeMask):
+        return None
+    selection = callback.selection
+    selection.check(model)
+    if selection.mask is not None:
+        return selection.given(model).count()
+    whole = sum(model.get_parameter(name).numel() for name in resolve(selection.train, model, "train"))
+    names = selection.scope_names(model)
+    if not names:
+        return whole
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
+    groups = share_out(shapes, selection.budgets(model), selection.structure, selection.allocation, model)
+    return whole + sum(keep for _, keep in groups)
