@@ -233,12 +233,12 @@ def compare(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     check(cfg)
     comparison.require_tools()
     console = Console(soft_wrap=True, highlight=False)
-    todo = cells(cfg, folder)
+    wanted = cells(cfg, folder)
     results: dict[Path, dict[str, Any]] = {}
-    remember(todo, results, retry_failed=cfg.retry_failed)
+    remember(wanted, results, retry_failed=cfg.retry_failed)
     if not cfg.report_only:
-        _run(cfg, todo, results, console)
-    rows = write(todo, results, folder)
+        _run(cfg, wanted, results, console)
+    rows = write(wanted, results, folder)
     failed = [row for row in rows if row["error"] is not None]
     for row in failed:
         name = row["strategy"] if row["density"] is None else f"{row['strategy']} {row['density']:g}"
@@ -251,24 +251,24 @@ def compare(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     return good
 
 
-def _run(cfg: DictConfig, todo: Sequence[Cell], results: dict[Path, dict[str, Any]], console: Console) -> None:
+def _run(cfg: DictConfig, wanted: Sequence[Cell], results: dict[Path, dict[str, Any]], console: Console) -> None:
     """Run trials until nothing is left or the budget of minutes is used up."""
     launcher = HydraConfig.get().launcher if HydraConfig.initialized() else None
     started, ran = time.time(), 0
-    total = left = sum(progress(cell, results).left for cell in todo)
+    total = left = sum(progress(cell, results).left for cell in wanted)
     times = [r["wall_seconds"] for r in results.values() if r["error"] is None]
     each = sum(times) / len(times) if times else cfg.trial_seconds
     console.print(
-        f"{len(todo)} cells, {len(results)} trials done, at least {left} to run: about {span(left * each)} "
+        f"{len(wanted)} cells, {len(results)} trials done, at least {left} to run: about {span(left * each)} "
         f"({each:.0f} s a trial{'' if times else ', as the config says'})"
     )
-    names = {trial.folder: cell for cell in todo for trial in progress(cell, results).next}
+    names = {trial.folder: cell for cell in wanted for trial in progress(cell, results).next}
 
     def told(trial: Trial, result: dict[str, Any]) -> None:
         nonlocal ran, left, total
         ran += 1
         results[trial.folder] = result
-        left = sum(progress(cell, results).left for cell in todo)
+        left = sum(progress(cell, results).left for cell in wanted)
         total = max(total, ran + left)
         mean = (time.time() - started) / ran
         cell = names[trial.folder]
@@ -279,7 +279,7 @@ def _run(cfg: DictConfig, todo: Sequence[Cell], results: dict[Path, dict[str, An
             console.print(f"budget={cfg.budget} minutes are over with {left} trials to run: the same command goes on.")
             return
         ready = []
-        for cell in todo:
+        for cell in wanted:
             for trial in progress(cell, results).next:
                 names[trial.folder] = cell
                 ready.append(trial)
@@ -300,11 +300,11 @@ def _line(cell: Cell, trial: Trial, result: Mapping[str, Any]) -> str:
     return f"{what}  {part}/{cell.metric} {shown}  {result['wall_seconds']:.0f} s"
 
 
-def remember(todo: Sequence[Cell], results: dict[Path, dict[str, Any]], *, retry_failed: bool = False) -> None:
+def remember(wanted: Sequence[Cell], results: dict[Path, dict[str, Any]], *, retry_failed: bool = False) -> None:
     """Put the results that there are already into ``results``, by folder."""
     asked: set[Path] = set()
     while True:
-        new = [t for cell in todo for t in progress(cell, results).next if t.folder not in asked]
+        new = [t for cell in wanted for t in progress(cell, results).next if t.folder not in asked]
         if not new:
             return
         asked |= {trial.folder for trial in new}
@@ -313,11 +313,11 @@ def remember(todo: Sequence[Cell], results: dict[Path, dict[str, Any]], *, retry
                 results[trial.folder] = result
 
 
-def write(todo: Sequence[Cell], results: Mapping[Path, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def write(wanted: Sequence[Cell], results: Mapping[Path, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Write ``results.json`` and ``rates.json``, and return the rows of the first: one for each run and each failure."""
     rows: list[dict[str, Any]] = []
     rates: dict[str, dict[str, Any]] = {}
-    for cell in todo:
+    for cell in wanted:
         known = progress(cell, results)
         if known.scores:
             found = {f"{rate(rung):g}": None if s == -math.inf else s for rung, s in sorted(known.scores.items())}
