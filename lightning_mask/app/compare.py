@@ -184,7 +184,7 @@ def cells(cfg: DictConfig, folder: Path) -> list[Cell]:
     made = []
     for index, density in enumerate(cfg.densities):
         for name, strategy in cfg.strategies.items():
-            takes = strategy.share is None
+            takes, tuned = strategy.share is None, strategy.get("tuned", True)
             if not takes and index:
                 continue
             for task_name, task in cfg.tasks.items():
@@ -206,8 +206,8 @@ def cells(cfg: DictConfig, folder: Path) -> list[Cell]:
                         start=first_rung(task.lr, share, cfg.tuning.exponent),
                         tuned=tuple(cfg.tuning.seeds),
                         seeds=tuple(cfg.seeds),
-                        points=cfg.tuning.points,
-                        widen=cfg.tuning.widen,
+                        points=cfg.tuning.points if tuned else 1,
+                        widen=cfg.tuning.widen if tuned else 0,
                     )
                 )
     return made

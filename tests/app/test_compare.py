@@ -147,6 +147,13 @@ def test_the_best_rate_is_looked_for_beyond_an_end_of_the_grid(config: Config, t
     assert after(dict.fromkeys((rate(cell.start + step) for step in (-1, 0, 1)), None)).error is not None
 
 
+def test_one_that_finds_its_own_rate_is_given_one(config: Config, tmp_path: Path) -> None:
+    auto = "+strategies.auto={overrides:['mask=auto'],share:0.005,tuned:false}"
+    found = cells(config("tuning.points=3", "tuning.widen=2", auto), tmp_path)
+    assert [(cell.points, cell.widen) for cell in found if cell.strategy == "auto"] == [(1, 0)]
+    assert {(cell.points, cell.widen) for cell in found if cell.strategy != "auto"} == {(3, 2)}
+
+
 def test_what_cannot_be_compared_is_refused(config: Config) -> None:
     for words, message in [
         (["seeds=[0,1000]"], "tuning.seeds share 1000"),
