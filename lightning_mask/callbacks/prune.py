@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,7 +17,8 @@ from lightning_mask.core import criteria, schedules, sharding, structures
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full, own
-from lightning_mask.core.patterns import repeated_blocks, resolve
+from lightning_mask.core.patterns import resolve
+from lightning_mask.core.prunable import default_scope, read_sparsity, transposed
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
 from lightning_mask.core.schedules import Moment, Run
 from lightning_mask.core.selection import (
@@ -88,20 +88,19 @@ class PruneMask(MaskCallback):
     ) -> None:
         check_engine(engine)
         self.engine = engine
-        self.n_of_m = _read_n_of_m(sparsity)
+        with _named():
+            self.sparsity, self.n_of_m = read_sparsity(sparsity)
         if self.n_of_m is not None:
-            sparsity, schedule = 1 - self.n_of_m[0] / self.n_of_m[1], "constant"
+            schedule = "constant"
             if structure != "entry" or regrow is not None:
                 raise ValueError("PruneMask: an n:m sparsity chooses entries once; leave structure and regrow out.")
-        if isinstance(sparsity, bool) or not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:
-            raise ValueError(f"PruneMask: sparsity={sparsity!r} {_SPARSITY}")
         with _named():
             criteria.get(score)
             check_shape(structure, allocation)
             schedules.schedule(schedule)
             check_patterns(plain(scope), "scope")
             check_batches(batches)
-        self.sparsity, self.score, self.scope = float(sparsity), score, plain(scope)
+        self.score, self.scope = score, plain(scope)
         self.structure, self.allocation, self.schedule = structure, allocation, schedule
         self.start, self.end, self.every = (
             Moment.parse(m, f"PruneMask: {n}") for m, n in ((start, "start"), (end, "end"), (every, "every"))
@@ -215,7 +214,7 @@ class PruneMask(MaskCallback):
             scores[name] = _constrained(score, parameters[name], self.masks[name], free[name])
         budget = Budget(sparsity, removed=True)
         if self.n_of_m is not None:
-            chosen = n_of_m(scores, *self.n_of_m, transposed=_transposed(session.module))
+            chosen = n_of_m(scores, *self.n_of_m, transposed=transposed(session.module))
         elif self.regrow is not None:
             growth = self._growth(parameters, free, step)
             fraction = cosine_fraction(self.regrow_fraction, progress)
@@ -265,11 +264,11 @@ class PruneMask(MaskCallback):
             raise ValueError(
                 "PruneMask: the model has no Linear, convolution or attention weight to prune; name tensors in scope."
             )
-        parameters, transposed = dict(module.named_parameters()), _transposed(module)
+        parameters, turned = dict(module.named_parameters()), transposed(module)
         for name in names:
             if self.n_of_m is not None:
                 shape = tuple(parameters[name].shape)
-                check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], name in transposed)
+                check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], name in turned)
             if not parameters[name].is_floating_point():
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
         if self.n_of_m is None:
@@ -391,19 +390,6 @@ def _named() -> Iterator[None]:
         raise ValueError(f"PruneMask: {error}") from None
 
 
-_SPARSITY = "must be a share in [0, 1), e.g. 0.9, or a pattern such as '2:4'."
-
-
-def _read_n_of_m(sparsity: float | str) -> tuple[int, int] | None:
-    """Read ``"n:m"``; None when ``sparsity`` is a number."""
-    if not isinstance(sparsity, str):
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", sparsity)
-    if match is None or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"PruneMask: sparsity={sparsity!r} {_SPARSITY}")
-    return int(match[1]), int(match[2])
-
-
 def _constrained(score: Tensor, parameter: Tensor, alive: Tensor, free: Tensor) -> Tensor:
     """Scores under which what is pruned stays pruned and what is held and not zero stays."""
     score = score.float().masked_fill(~alive.to(score.device), -torch.inf)
@@ -415,36 +401,3 @@ def _constrained(score: Tensor, parameter: Tensor, alive: Tensor, free: Tensor) 
 
 def _zeros(tensor: Tensor) -> int:
     return sharding.count(tensor.detach() == 0)
-
-
-def _transposed(module: nn.Module) -> set[str]:
-    """Names of the weights of shape ``(in, out, ...)``: of transformers' Conv1D and of transposed convolutions."""
-    kinds = nn.modules.conv._ConvTransposeNd
-    found = (m for m in module.modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D")
-    weights = {id(getattr(m, "weight", None)) for m in found}
-    return {name for name, p in module.named_parameters() if id(p) in weights}
-
-
-def default_scope(module: nn.Module) -> list[str]:
-    """Return the names of what is pruned by default: weights of Linear, convolution and attention layers.
-
-    The output head is left out: the last such layer of the model when it lies outside the repeated blocks, and there is
-    another one. Embeddings, and what is tied to one, are left out too.
-    """
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    blocks = tuple(f"{name}." for name in repeated_blocks(module))
-    embedded = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    layers: list[tuple[str, list[Tensor]]] = []
-    for path, layer in module.named_modules():
-        weights: list[Tensor | None] = []
-        if isinstance(layer, kinds) or type(layer).__name__ == "Conv1D":  # transformers' transposed Linear
-            weights = [layer.weight]
-        elif isinstance(layer, nn.MultiheadAttention):
-            weights = [layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
-        found = [w for w in weights if isinstance(w, nn.Parameter) and id(w) not in embedded and w.is_floating_point()]
-        if found:
-            layers.append((path, list(found)))
-    if len(layers) > 1 and not f"{layers[-1][0]}.".startswith(blocks or ("\0",)):
-        layers.pop()
-    wanted = {id(w) for _, found in layers for w in found}
-    return [name for name, p in module.named_parameters() if id(p) in wanted]

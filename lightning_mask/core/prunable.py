@@ -1,0 +1,62 @@
+"""What of a model may be pruned, along which dimension, and how sparsity is written."""
+
+import re
+
+from torch import Tensor, nn
+
+from lightning_mask.core.patterns import repeated_blocks
+
+
+def read_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None]:
+    """Return the share of zeros that ``sparsity`` means, in [0, 1), and ``(n, m)`` where it is written ``"n:m"``.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Example:
+        >>> read_sparsity(0.9), read_sparsity("2:4")
+        ((0.9, None), (0.5, (2, 4)))
+    """
+    refused = f"sparsity={sparsity!r} must be a share in [0, 1), e.g. 0.9, or a pattern such as '2:4'."
+    if isinstance(sparsity, str):
+        match = re.fullmatch(r"(\d+):(\d+)", sparsity)
+        if match is None or not 0 < int(match[1]) < int(match[2]):
+            raise ValueError(refused)
+        n, m = int(match[1]), int(match[2])
+        return 1 - n / m, (n, m)
+    if isinstance(sparsity, bool) or not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:
+        raise ValueError(refused)
+    return float(sparsity), None
+
+
+def transposed(module: nn.Module) -> set[str]:
+    """Return the names of the weights of shape ``(in, out, ...)``: of transformers' Conv1D and of transposed convolutions."""
+    kinds = nn.modules.conv._ConvTransposeNd
+    found = (m for m in module.modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D")
+    weights = {id(getattr(m, "weight", None)) for m in found}
+    return {name for name, p in module.named_parameters() if id(p) in weights}
+
+
+def default_scope(module: nn.Module) -> list[str]:
+    """Return the names of what is pruned by default: weights of Linear, convolution and attention layers.
+
+    The output head is left out: the last such layer of the model when it lies outside the repeated blocks, and there is
+    another one. Embeddings, and what is tied to one, are left out too.
+    """
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    blocks = tuple(f"{name}." for name in repeated_blocks(module))
+    embedded = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    layers: list[tuple[str, list[Tensor]]] = []
+    for path, layer in module.named_modules():
+        weights: list[Tensor | None] = []
+        if isinstance(layer, kinds) or type(layer).__name__ == "Conv1D":  # transformers' transposed Linear
+            weights = [layer.weight]
+        elif isinstance(layer, nn.MultiheadAttention):
+            weights = [layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
+        found = [w for w in weights if isinstance(w, nn.Parameter) and id(w) not in embedded and w.is_floating_point()]
+        if found:
+            layers.append((path, list(found)))
+    if len(layers) > 1 and not f"{layers[-1][0]}.".startswith(blocks or ("\0",)):
+        layers.pop()
+    wanted = {id(w) for _, found in layers for w in found}
+    return [name for name, p in module.named_parameters() if id(p) in wanted]
