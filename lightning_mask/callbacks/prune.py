@@ -18,7 +18,7 @@ from lightning_mask.core.allocation import Budget
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import resolve
-from lightning_mask.core.prunable import default_scope, read_sparsity, transposed
+from lightning_mask.core.prunable import default_scope, read_sparsity
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
 from lightning_mask.core.schedules import Moment, Run
 from lightning_mask.core.selection import (
@@ -31,6 +31,7 @@ from lightning_mask.core.selection import (
     n_of_m,
     share_out,
 )
+from lightning_mask.core.transposed import transposed_weights, turned_shape
 
 
 class PruneMask(MaskCallback):
@@ -214,7 +215,7 @@ class PruneMask(MaskCallback):
             scores[name] = _constrained(score, parameters[name], self.masks[name], free[name])
         budget = Budget(sparsity, removed=True)
         if self.n_of_m is not None:
-            chosen = n_of_m(scores, *self.n_of_m, transposed=transposed(session.module))
+            chosen = n_of_m(scores, *self.n_of_m, transposed=transposed_weights(session.module))
         elif self.regrow is not None:
             growth = self._growth(parameters, free, step)
             fraction = cosine_fraction(self.regrow_fraction, progress)
@@ -264,11 +265,11 @@ class PruneMask(MaskCallback):
             raise ValueError(
                 "PruneMask: the model has no Linear, convolution or attention weight to prune; name tensors in scope."
             )
-        parameters, turned = dict(module.named_parameters()), transposed(module)
+        parameters, transposed = dict(module.named_parameters()), transposed_weights(module)
         for name in names:
             if self.n_of_m is not None:
                 shape = tuple(parameters[name].shape)
-                check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], name in turned)
+                check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], transposed.get(name, 0))
             if not parameters[name].is_floating_point():
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
         if self.n_of_m is None:
@@ -284,7 +285,9 @@ class PruneMask(MaskCallback):
             return
         tensors = {name: session.module.get_parameter(name) for name in self._names}
         allocate = allocations.get("uniform" if self.n_of_m is not None else self.allocation)
-        groups = allocate({n: tuple(t.shape) for n, t in tensors.items()}, Budget(self.sparsity, removed=True))
+        transposed = transposed_weights(session.module) if self.allocation == "row" else {}
+        shapes = {name: turned_shape(tuple(t.shape), transposed.get(name, 0)) for name, t in tensors.items()}
+        groups = allocate(shapes, Budget(self.sparsity, removed=True))
         for names, keep in groups:
             total = sum(tensors[name].numel() for name in names)
             free = self._free_of_all(session, names)

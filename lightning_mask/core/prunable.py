@@ -1,10 +1,11 @@
-"""What of a model may be pruned, along which dimension, and how sparsity is written."""
+"""What of a model may be pruned, and how sparsity is written."""
 
 import re
 
 from torch import Tensor, nn
 
 from lightning_mask.core.patterns import repeated_blocks
+from lightning_mask.core.transposed import is_conv1d
 
 
 def read_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None]:
@@ -29,14 +30,6 @@ def read_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None]
     return float(sparsity), None
 
 
-def transposed(module: nn.Module) -> set[str]:
-    """Return the names of the weights of shape ``(in, out, ...)``: of transformers' Conv1D and of transposed convolutions."""
-    kinds = nn.modules.conv._ConvTransposeNd
-    found = (m for m in module.modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D")
-    weights = {id(getattr(m, "weight", None)) for m in found}
-    return {name for name, p in module.named_parameters() if id(p) in weights}
-
-
 def default_scope(module: nn.Module) -> list[str]:
     """Return the names of what is pruned by default: weights of Linear, convolution and attention layers.
 
@@ -49,7 +42,7 @@ def default_scope(module: nn.Module) -> list[str]:
     layers: list[tuple[str, list[Tensor]]] = []
     for path, layer in module.named_modules():
         weights: list[Tensor | None] = []
-        if isinstance(layer, kinds) or type(layer).__name__ == "Conv1D":  # transformers' transposed Linear
+        if isinstance(layer, kinds) or is_conv1d(layer):
             weights = [layer.weight]
         elif isinstance(layer, nn.MultiheadAttention):
             weights = [layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]

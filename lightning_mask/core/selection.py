@@ -1,6 +1,7 @@
 """Selection: the whole recipe for one mask, and the pipeline that follows it."""
 
 import copy
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import Patterns, as_patterns, resolve
 from lightning_mask.core.ranking import top_k
 from lightning_mask.core.sharding import shard, whole
+from lightning_mask.core.transposed import transposed_weights, turned, turned_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -290,6 +292,9 @@ def select(
                 recipe["budgets"] = [[mine, budget.amount] for mine, budget in budgets]
             if not structures.needs_model(selection.structure):
                 recipe["scope_names"] = names  # its file keeps the recipe alone
+            transposed = _transposed(names, selection.structure, selection.allocation, model)
+            if transposed:
+                recipe["transposed"] = transposed
             chosen = draw_random(recipe, {name: tuple(parameters[name].shape) for name in names}, model)
         else:
             context = copy.copy(context)
@@ -349,16 +354,32 @@ def _kept(
 
 
 def share_out(
-    shapes: Shapes, budgets: Budgets, structure: str, allocation_name: str, model: nn.Module | None = None
+    shapes: Shapes,
+    budgets: Budgets,
+    structure: str,
+    allocation_name: str,
+    model: nn.Module | None = None,
+    transposed: Mapping[str, int] | None = None,
 ) -> list[tuple[list[structures.Group], int]]:
     """Return the groups of tensors whose units are ranked against each other, and how many entries of theirs to keep.
 
     Where units span several tensors, what the allocation gives to each of these is added up.
 
+    Args:
+        shapes: Name to shape of the tensors in scope.
+        budgets: As in :func:`choose`.
+        structure: What a unit is.
+        allocation_name: How each budget is shared among its tensors.
+        model: As in :func:`choose`; and the one whose weights may lie the other way round, as ``(in, out, ...)``.
+        transposed: Names of such weights, and their numbers of groups, where there is no model to read them from.
+
     Raises:
         ValueError: As :func:`choose`.
     """
-    groups = structures.get(structure)(shapes, model)
+    if transposed is None:
+        transposed = _transposed(shapes, structure, allocation_name, model)
+    shapes = {name: turned_shape(shape, transposed.get(name, 0)) for name, shape in shapes.items()}
+    groups = structures.facing(structures.get(structure)(shapes, model), transposed)
     at = {name: i for i, group in enumerate(groups) for name in group}
     shares: list[tuple[set[int], int]] = []
     for names, budget in budgets:
@@ -378,33 +399,55 @@ def share_out(
     return [([groups[i] for i in sorted(members)], keep) for members, keep in shares if members]
 
 
-def n_of_m(scores: Mapping[str, Tensor], n: int, m: int, transposed: Collection[str] = ()) -> dict[str, Tensor]:
+def _transposed(
+    names: Collection[str], structure: str, allocation_name: str, model: nn.Module | None
+) -> dict[str, int]:
+    """Which tensors lie as ``(in, out, ...)``, and in how many groups; none where it makes no difference."""
+    if model is None or not structures.tells_sides(structure, allocation_name):
+        return {}
+    return {name: groups for name, groups in transposed_weights(model).items() if name in names}
+
+
+def n_of_m(
+    scores: Mapping[str, Tensor], n: int, m: int, transposed: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
     """Return the masks that keep the ``n`` best of every ``m`` neighbours along the input dimension; ties by position.
 
     A weight's input dimension is everything but its first, flattened (``in, kh, kw`` for a convolution), which is the
-    layout that sparse tensor cores read; of the weights named in ``transposed``, which are of shape ``(in, out, ...)``,
-    everything but the second.
+    layout that sparse tensor cores read; of a weight that lies as ``(in, out, ...)``, everything but the second.
+
+    Args:
+        scores: Name to real tensor of the parameter's shape.
+        n: How many are kept.
+        m: Of how many.
+        transposed: Names of weights of shape ``(in, out, ...)``, and their numbers of groups.
 
     Raises:
         ValueError: If the input dimension of a tensor is not divisible by ``m``.
     """
     masks = {}
     for name, score in scores.items():
-        check_n_of_m(name, tuple(score.shape), m, name in transposed)
-        rows = whole(score).transpose(0, 1) if name in transposed else whole(score)
-        mask = _best_of_lines(rows.detach().reshape(-1, m), n).view(rows.shape)
-        masks[name] = shard(mask.transpose(0, 1).contiguous() if name in transposed else mask, score)
+        groups = (transposed or {}).get(name, 0)
+        check_n_of_m(name, tuple(score.shape), m, groups)
+        rows = turned(whole(score).detach(), groups)
+        mask = _best_of_lines(rows.reshape(-1, m), n).view(rows.shape)
+        masks[name] = shard(turned(mask, groups).contiguous(), score)
     return masks
 
 
-def check_n_of_m(name: str, shape: tuple[int, ...], m: int, transposed: bool = False) -> None:
+def check_n_of_m(name: str, shape: tuple[int, ...], m: int, groups: int = 0) -> None:
     """Refuse a tensor that has no groups of ``m`` along its input dimension.
+
+    Args:
+        name: Of the tensor, in the error.
+        shape: Of the tensor.
+        m: How many neighbours.
+        groups: Of a weight that lies as ``(in, out, ...)``; else 0.
 
     Raises:
         ValueError: Naming the tensor and its width.
     """
-    inputs = (shape[0], *shape[2:]) if transposed else shape[1:]
-    width = int(torch.Size(inputs).numel()) if len(shape) > 1 else 0
+    width = math.prod(turned_shape(shape, groups)[1:]) if len(shape) > 1 else 0
     if not width or width % m:
         raise ValueError(
             f"{name} of shape {shape} has an input width of {width}, which is not divisible by {m}; take it out of the scope."
@@ -455,13 +498,14 @@ def draw_random(recipe: Mapping[str, Any], shapes: Shapes, model: nn.Module | No
     parts = recipe.get("budgets", [[list(shapes), recipe["density"]]])
     budgets = [(names, Budget(amount)) for names, amount in parts]
     seed, structure, allocation_name = recipe["seed"], recipe["structure"], recipe["allocation"]
+    transposed = recipe.get("transposed", {})
     masks: dict[str, Tensor] = {}
     if structure == "entry" and allocation_name != "row":
         for names, budget in budgets:
             masks |= draw_entries({name: shapes[name] for name in names}, budget, allocation_name, seed)
         return {name: masks[name] for name in shapes}
     like = {name: torch.empty(()).expand(shape) for name, shape in shapes.items()}
-    for groups, keep in share_out(shapes, budgets, structure, allocation_name, model):
+    for groups, keep in share_out(shapes, budgets, structure, allocation_name, model, transposed):
         noise = [next(iter(random_scores({next(iter(g)): structures.unit_shape(g)}, seed).values())) for g in groups]
         masks |= _kept(groups, noise, keep, allocation_name, like)
     return {name: masks[name] for name in shapes}

@@ -8,7 +8,7 @@ choice of dimensions, so no index as large as a tensor is ever made.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mask.core.patterns import repeated_blocks
 from lightning_mask.core.sharding import is_sharded, shard, whole
+from lightning_mask.core.transposed import is_conv1d, turned, turned_shape
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -28,10 +29,12 @@ class Tiles:
     Attributes:
         view: The shape that the tensor is seen in; a reshape of its own.
         dims: Ascending dimensions of ``view`` that count the tiles, in order; the others lie within a tile.
+        turned: Of a weight that lies as ``(in, out, ...)`` and is seen as ``(out, in, ...)``, the number of its groups; else 0.
     """
 
     view: Shape
     dims: Shape
+    turned: int = 0
 
     @property
     def size(self) -> int:
@@ -72,14 +75,19 @@ def unit_scores(scores: Mapping[str, Tensor], group: Group) -> Tensor:
     if len(group) == 1:
         ((name, tiles),) = group.items()
         if not tiles.within():
-            return scores[name]
-        return whole(scores[name]).reshape(tiles.view).mean(tiles.within(), dtype=torch.float32)
+            return _seen(scores[name], tiles) if tiles.turned else scores[name]
+        return _seen(scores[name], tiles).mean(tiles.within(), dtype=torch.float32)
     total = torch.zeros(math.prod(unit_shape(group)), dtype=torch.float64)
     for name, tiles in group.items():
-        seen = whole(scores[name]).reshape(tiles.view)
+        seen = _seen(scores[name], tiles)
         summed = seen.sum(tiles.within(), dtype=torch.float32) if tiles.within() else seen
         total += summed.reshape(-1).cpu().double()
     return (total / unit_size(group)).float()
+
+
+def _seen(scores: Tensor, tiles: Tiles) -> Tensor:
+    """The whole tensor in the shape that its tiles are laid over."""
+    return turned(whole(scores), tiles.turned).reshape(tiles.view)
 
 
 def spread(units: Tensor, group: Group, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,10 +103,12 @@ def spread(units: Tensor, group: Group, scores: Mapping[str, Tensor]) -> dict[st
         if is_sharded(units):  # single entries
             masks[name] = units
             continue
-        mine = units.reshape(-1).to(scores[name].device)
-        seen = mine.view([n if d in tiles.dims else 1 for d, n in enumerate(tiles.view)]).expand(tiles.view)
-        shape = scores[name].shape
-        mask = seen.reshape(shape).contiguous() if tiles.dims else mine.view([1] * len(shape)).expand(shape)
+        mine, shape = units.reshape(-1).to(scores[name].device), tuple(scores[name].shape)
+        if not tiles.dims:
+            mask = mine.view([1] * len(shape)).expand(shape)
+        else:
+            seen = mine.view([n if d in tiles.dims else 1 for d, n in enumerate(tiles.view)]).expand(tiles.view)
+            mask = turned(seen.reshape(turned_shape(shape, tiles.turned)), tiles.turned).contiguous()
         masks[name] = shard(mask, scores[name])
     return masks
 
@@ -276,34 +286,32 @@ def _numbers(
     return count, getattr(config, "num_key_value_heads", None) or count, width
 
 
-def _transposed(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Conv1D"  # transformers' Linear with a weight of shape (in, out)
-
-
 def _outputs(layer: nn.Module) -> int:
     weight = getattr(layer, "weight", None)
-    return 0 if weight is None or weight.dim() < 2 else int(weight.shape[1 if _transposed(layer) else 0])
+    return 0 if weight is None or weight.dim() < 2 else int(weight.shape[1 if is_conv1d(layer) else 0])
 
 
 def _makes(layer: nn.Module, sizes: Shape, counts: int) -> list[_Part]:
     """The parts of a projection whose outputs are those of heads."""
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    return [(weight, 1 if _transposed(layer) else 0, sizes, counts), (bias, 0, sizes, counts)]
+    return [(weight, 1 if is_conv1d(layer) else 0, sizes, counts), (bias, 0, sizes, counts)]
 
 
 def _reads(layer: nn.Module, sizes: Shape) -> _Part:
     """The part of a projection whose inputs are heads."""
-    return (getattr(layer, "weight", None), 0 if _transposed(layer) else 1, sizes, 0)
+    return (getattr(layer, "weight", None), 0 if is_conv1d(layer) else 1, sizes, 0)
 
 
 Structure = Callable[[Shapes, nn.Module | None], list[Group]]
-"""Shapes of the tensors in scope, none of them empty, and their model, to groups that hold each tensor once."""
+"""Shapes of the tensors in scope, none of them empty, and their model, to groups that hold each tensor once.
+
+Where :func:`tells_sides`, the shapes are ``(out, in, ...)``, also of weights that lie the other way round: :func:`facing`."""
 
 STRUCTURES: dict[str, Structure] = {
     "entry": _each(lambda shape: Tiles(shape, tuple(range(len(shape))))),
-    # An output unit: dimension 0 of a Linear, Embedding or convolution weight; each entry of a vector.
+    # An output unit: dimension 0 of a weight (dimension 1 of one that lies as (in, out, ...)); each entry of a vector.
     "row": _each(lambda shape: Tiles(shape, (0,) if shape else ())),
-    # An input unit: dimension 1 of such a weight; each entry of a vector.
+    # An input unit: the other one of the two; each entry of a vector.
     "column": _each(_column),
     "tensor": _each(lambda shape: Tiles(shape, ())),
     "head": _head_groups,
@@ -311,6 +319,21 @@ STRUCTURES: dict[str, Structure] = {
 }
 
 _OF_THE_MODEL = ("head", "layer")
+
+
+def tells_sides(structure: str, allocation: str) -> bool:
+    """Whether a structure or an allocation tells the output units of a weight from its input units by their dimensions."""
+    return structure in ("row", "column") or structure.startswith("block:") or allocation == "row"
+
+
+def facing(groups: Sequence[Group], transposed: Mapping[str, int]) -> list[Group]:
+    """Return groups whose tiles are laid over shapes ``(out, in, ...)`` as those of tensors that may lie the other way round.
+
+    Args:
+        groups: As a structure gave them.
+        transposed: As :func:`lightning_mask.core.transposed.transposed_weights` gives them.
+    """
+    return [{name: replace(tiles, turned=transposed.get(name, 0)) for name, tiles in group.items()} for group in groups]
 
 
 def get(name: str) -> Structure:

@@ -181,10 +181,10 @@ def test_a_given_mask_is_added_to_train():
 def test_n_of_m_lies_along_the_input_dimension_of_a_transposed_weight():
     """transformers' Conv1D and transposed convolutions keep (in, out, ...)."""
     score = torch.rand(8, 6, 1, 1, generator=torch.Generator().manual_seed(0))
-    across = n_of_m({"w": score}, 2, 4, transposed={"w"})["w"]
+    across = n_of_m({"w": score}, 2, 4, transposed={"w": 1})["w"]
     along = n_of_m({"w": score.transpose(0, 1).contiguous()}, 2, 4)["w"]
     assert torch.equal(across, along.transpose(0, 1))
     assert across.shape == score.shape
     assert across.view(2, 4, 6).sum(1).tolist() == [[2] * 6] * 2
     with pytest.raises(ValueError, match=r"w of shape \(6, 8\) has an input width of 6, which is not divisible by 4"):
-        n_of_m({"w": torch.rand(6, 8)}, 2, 4, transposed={"w"})
+        n_of_m({"w": torch.rand(6, 8)}, 2, 4, transposed={"w": 1})

@@ -16,6 +16,7 @@ from lightning_mask.core.criteria.registry import Scores, criterion
 from lightning_mask.core.distributed import mean_over_ranks
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.sharding import shard
+from lightning_mask.core.transposed import is_conv1d
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -39,7 +40,7 @@ def wanda(params: Mapping[str, Tensor], context: Context) -> Scores:
     scores = {}
     for name, p in params.items():
         norm = sums[name][0].sqrt()
-        if _turned(layers[name][0]):
+        if is_conv1d(layers[name][0]):
             norm = norm.T
         elif p.dim() > 2:
             norm = norm.repeat_interleave(p.shape[0] // len(norm), dim=0)  # one to each group of output channels
@@ -67,14 +68,10 @@ def activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     scores = {}
     for name, p in params.items():
         total, count = sums[name]
-        dim = 1 if p.dim() > 1 and _turned(layers[name][0]) else 0
+        dim = 1 if p.dim() > 1 and is_conv1d(layers[name][0]) else 0
         mean = (total / count).view([-1 if d == dim else 1 for d in range(p.dim())])
         scores[name] = shard(mean.expand(p.shape), p)
     return scores
-
-
-def _turned(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Conv1D"  # transformers' Linear with a weight of shape (in, out)
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -84,14 +81,14 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _outputs(layer: nn.Module) -> int:
-    return int(_weight(layer).shape[1 if _turned(layer) else 0])
+    return int(_weight(layer).shape[1 if is_conv1d(layer) else 0])
 
 
 def _met(layer: nn.Module) -> tuple[int, ...]:
     """Shape of what the weights of one output unit of each group meet: (groups, inputs of a group, kernel)."""
     shape = tuple(_weight(layer).shape)
     groups = layer.groups if isinstance(layer, _CONVOLUTIONS) else 1
-    return (groups, shape[0]) if _turned(layer) else (groups, *shape[1:])
+    return (groups, shape[0]) if is_conv1d(layer) else (groups, *shape[1:])
 
 
 def _layers(name: str, model: nn.Module, kinds: tuple[str, ...], asked: str) -> list[nn.Module]:
@@ -105,7 +102,7 @@ def _layers(name: str, model: nn.Module, kinds: tuple[str, ...], asked: str) -> 
     for each in aliases(model).get(name, ()):
         path, _, kind = each.rpartition(".")
         layer = modules[path]
-        if kind in kinds and (isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or _turned(layer)):
+        if kind in kinds and (isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_conv1d(layer)):
             found[layer] = None
     if not found:
         raise ValueError(
