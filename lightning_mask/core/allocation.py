@@ -75,10 +75,12 @@ def erk(shapes: Shapes, budget: Budget) -> Groups:
 
 
 def row(shapes: Shapes, budget: Budget) -> Groups:
-    """Keep equally many entries of each row (output unit, dimension 0): its best inputs. A vector is one row.
+    """Keep equally many entries of each row (output unit, dimension 0 of shapes ``(out, in, ...)``): its best inputs.
 
-    A share keeps ``floor(share * width + 0.5)`` of a row; a number of entries is dealt out to all rows equally, where they
-    are wide enough, and rows differ by one at most. :func:`of_each_row` says how many of a row from the count of its tensor.
+    A vector is one row. A share keeps ``floor(share * width + 0.5)`` of a row; a number of entries is dealt out to all rows
+    equally, where they are wide enough, and rows differ by one at most. :func:`of_each_row` says how many of a row from the
+    count of its tensor.
+
     Source: Zhang et al., "Gradient-based Parameter Selection for Efficient Fine-Tuning" (GPS, 2024), takes the
     same number of the connections into each neuron.
     """

@@ -10,6 +10,7 @@ from lightning_mask.core.criteria.registry import Scores, criterion
 from lightning_mask.core.criteria.seeds import named_seed
 from lightning_mask.core.patterns import aliases, repeated_blocks
 from lightning_mask.core.sharding import shard, whole
+from lightning_mask.core.transposed import transposed_weights, turned
 
 
 def random_scores(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Scores:
@@ -58,7 +59,7 @@ def spectral(params: Mapping[str, Tensor], context: Context, rank: int = 32) -> 
 
     Args:
         params: Name to parameter.
-        context: Not looked at.
+        context: Its model says which weights lie as ``(in, out, ...)``.
         rank: The r above, 1 or more.
 
     Raises:
@@ -66,7 +67,13 @@ def spectral(params: Mapping[str, Tensor], context: Context, rank: int = 32) -> 
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"spectral: rank={rank!r} must be a whole number from 1.")
-    return {name: shard(_approximation(whole(p.detach()), rank).abs(), p) for name, p in params.items()}
+    groups = transposed_weights(context.model)
+    scores = {}
+    for name, p in params.items():
+        across = groups.get(name, 0)
+        near = _approximation(turned(whole(p.detach()), across), rank)
+        scores[name] = shard(turned(near.abs(), across).contiguous(), p)
+    return scores
 
 
 def _approximation(tensor: Tensor, rank: int) -> Tensor:
@@ -80,7 +87,7 @@ def _approximation(tensor: Tensor, rank: int) -> Tensor:
     else:
         leading = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -rank:]
         near = (matrix @ leading) @ leading.T
-    return near.float().view_as(tensor)
+    return near.float().reshape(tensor.shape)
 
 
 @criterion("snr")
@@ -95,7 +102,11 @@ def snr(params: Mapping[str, Tensor], context: Context) -> Scores:
     Source: Hartford et al., "Spectrum: Targeted Training on Signal to Noise Ratio" (2024), as its code takes it (it
     ranks tensors of each kind among themselves: give a scope of one kind, or several selections).
     """
-    return {name: _signal_to_noise(whole(p.detach())).expand(p.shape) for name, p in params.items()}
+    groups = transposed_weights(context.model)
+    return {
+        name: _signal_to_noise(turned(whole(p.detach()), groups.get(name, 0))).expand(p.shape)
+        for name, p in params.items()
+    }
 
 
 def _signal_to_noise(tensor: Tensor) -> Tensor:
