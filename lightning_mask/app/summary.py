@@ -103,11 +103,12 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     table.add_row("seconds", ", ".join(f"{part} {value:.0f}" for part, value in summary["seconds"].items()))
     if summary["world_size"] > 1:
         table.add_row("processes", str(summary["world_size"]))
-    table.add_row("folder", _short(folder))
+    table.add_row("folder", relative(folder))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
 
 
-def _short(folder: Path) -> str:
+def relative(folder: Path) -> str:
+    """Return a path as a person reads it: relative to the working directory where it lies below that."""
     try:
         return str(folder.resolve().relative_to(Path.cwd()))
     except ValueError:
