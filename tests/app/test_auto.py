@@ -2,20 +2,24 @@
 
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from lightning_mask.app import auto
-from lightning_mask.app.auto import choose, halving, wait_for
+from lightning_mask.app.auto import choose, wait_for
 from lightning_mask.app.auto.halving import Outcome, Setting, decisive, difference, halve, pick
 from lightning_mask.app.auto.settings import all_settings
 from lightning_mask.app.auto.trial import hold_out
@@ -172,6 +176,104 @@ def test_the_choice_follows_from_the_trials_and_they_see_training_data_alone(
     assert witness.trials == before
 
 
+@pytest.mark.slow
+def test_a_choice_that_is_killed_goes_on_where_it_was(config: Config, tmp_path: Path) -> None:
+    run, words = tmp_path / "run", [*FEW, "mask.densities=[0.01]", "logger=none", "test=false"]
+    script = [sys.executable, str(REPO / "scripts/train.py"), *words, "ckpt_path=last", f"hydra.run.dir={run}"]
+    unfinished, file = run / "auto_trials.json", run / "auto.json"
+    log = tmp_path / "killed.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            script,
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until:
+            if unfinished.exists() and len(json.loads(unfinished.read_text())) >= 2:
+                break
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, log.read_text()
+    assert not file.exists()
+    done = json.loads(unfinished.read_text())
+    assert 2 <= len(done) < 4 + 2
+    kept = {folder: stamps(folder) for folder in (Path(result["folder"]) for result in done.values())}
+    halfway = [folder for folder in (run / "auto").iterdir() if folder not in kept]
+
+    again = command(*script, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert again.returncode == 0, again.stdout
+    assert f"its trials in {unfinished} ({len(done)}) are not run again" in again.stdout.replace("\n", " ")
+    assert {folder: stamps(folder) for folder in kept} == kept
+    assert not unfinished.exists()
+    record = json.loads(file.read_text())
+    trials = [row for rung in record["rungs"] for row in rung["trials"]]
+    assert len(trials) == 4 + 2 == len(list((run / "auto").iterdir()))
+    assert all((folder / "trial.json").exists() for folder in halfway)
+    earlier = sum(result["wall_seconds"] for result in done.values())
+    assert record["seconds"] > earlier + sum(row["seconds"] for row in trials if run / row["folder"] not in kept)
+
+    whole = config(*words)
+    with open_dict(whole):
+        whole.paths.output_dir = str(tmp_path / "whole")
+    choose(whole)
+    assert figures(record_of(whole)) == figures(record)
+    assert json.loads((run / "summary.json").read_text())["auto"]["reason"] == record["choice"]["reason"]
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def figures(record: dict[str, Any]) -> Any:
+    """What a choice says, without the time that it took."""
+    if isinstance(record, dict):
+        return {name: figures(value) for name, value in record.items() if name not in ("seconds", "run")}
+    return [figures(value) for value in record] if isinstance(record, list) else record
+
+
+def test_of_an_interrupted_choice_what_is_not_the_same_runs_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    broken: list[int] = []
+    real = auto.run_quietly
+
+    def trial(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        ran.append(folder.name)
+        result = real(cfg, folder)
+        return {**result, "metrics": {}, "mask": {}, "error": "broke"} if len(ran) in broken else result
+
+    def interrupted(*words: str) -> list[str]:
+        ran[:] = []
+        with pytest.raises(KeyboardInterrupt):
+            choose(config(*FEW, *words))
+        return list(ran)
+
+    monkeypatch.setattr(auto, "run_quietly", trial)
+    folders, unfinished = tmp_path / "run" / "auto", tmp_path / "run" / "auto_trials.json"
+    broken[:] = [2]
+    one, two, three, four = interrupted()
+    assert len(json.loads(unfinished.read_text())) == 3
+    shutil.rmtree(folders / three)
+    broken[:] = []
+    assert interrupted()[:2] == [two, three], "what failed, and what is lost"
+    assert not {one, four} & set(ran)
+
+    content = json.loads(unfinished.read_text())
+    assert len(content) == 3 + 1 + 2  # the last two of the first round
+    assert interrupted("optimizer.weight_decay=0.5") == [one, two, three, four], "another config"
+    unfinished.write_text(json.dumps({key: {**row, "wall_seconds": 100.0} for key, row in content.items()}))
+    ran[:] = []
+    with pytest.raises(ValueError, match=r"mask.minutes=1 is too short: a trial of 3 steps takes 100 s"):
+        choose(config(*FEW, "mask.minutes=1"))
+    assert not ran, "time that was spent counts"
+
+
 def test_ranks_wait_for_the_first_of_their_own_launch(tmp_path: Path, config: Config) -> None:
     with pytest.raises(TimeoutError, match="one folder that they share"):
         wait_for(tmp_path / "auto.json", "", 0)
@@ -260,10 +362,12 @@ def outcome(
 class Clock:
     """A time that passes as trials say, and what ran."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, scores: dict[str, float | None], per_step: float) -> None:
+    def __init__(self, scores: dict[str, float | None], per_step: float) -> None:
         self.now, self.ran = 0.0, list[tuple[str, int]]()
         self.scores, self.per_step = scores, per_step
-        monkeypatch.setattr(halving, "time", SimpleNamespace(time=lambda: self.now))
+
+    def passed(self) -> float:
+        return self.now
 
     def run(self, setting: Setting, steps: int) -> Outcome:
         self.now += steps * self.per_step
@@ -273,13 +377,15 @@ class Clock:
         return made
 
 
-def test_halving_keeps_to_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halving_keeps_to_its_minutes() -> None:
     scores: dict[str, float | None] = {"a": 3.0, "b": None, "c": 1.0, "d": 2.0, "e": 4.0, "f": 0.5}
     settings = [Setting(name, None, None, 1, {}) for name in scores]
 
     def rungs(per_step: float, longest: int | None = None, eta: int = 2) -> tuple[list[tuple[str, int]], list[str]]:
-        clock = Clock(monkeypatch, scores, per_step)
-        _, untried = halve(settings, clock.run, steps=1, eta=eta, mode="min", minutes=1.0, longest=longest, started=0.0)
+        clock = Clock(scores, per_step)
+        _, untried = halve(
+            settings, clock.run, steps=1, eta=eta, mode="min", minutes=1.0, longest=longest, passed=clock.passed
+        )
         return clock.ran, [s.strategy for s in untried]
 
     first = [(name, 1) for name in scores]

@@ -30,18 +30,21 @@ from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
 from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
 from lightning_mask.app.launch import RUN
 from lightning_mask.app.summary import write_json
-from lightning_mask.app.trials import run_quietly
+from lightning_mask.app.trials import digest, run_quietly
 
 __all__ = ["Auto", "HeldOut", "choose", "wait_for"]
 
 _FILE = "auto.json"
+_UNFINISHED = "auto_trials.json"
+"""Results of the trials of a choice that is not made yet, by the digest of a trial's config."""
 
 
 def choose(cfg: DictConfig) -> DictConfig:
     """Return the config of the run with the strategy, its density and the rate that trials found best; say why.
 
     The first rank finds out and writes ``auto.json`` into the run's folder; the others read it, and so does a run that goes
-    on from a checkpoint (which looks into the folder that the checkpoint is in).
+    on from a checkpoint (which looks into the folder that the checkpoint is in). As each trial ends, ``auto_trials.json`` there
+    gets its result, until the choice is made: a run that is killed before takes up, in the same folder, what was tried.
 
     Args:
         cfg: The composed root config; its ``mask`` is an :class:`Auto`.
@@ -64,6 +67,7 @@ def choose(cfg: DictConfig) -> DictConfig:
     else:
         rank_zero_info(f"mask=auto was decided before: {record['choice']['reason']}")
     write_json(file, {**record, "run": token})
+    file.with_name(_UNFINISHED).unlink(missing_ok=True)
     return _with_choice(cfg, json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -125,7 +129,7 @@ def _with_choice(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
 
 
 def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
-    started = time.time()
+    started, earlier = time.time(), 0.0
     if auto.rates is not None and not uses_lr(cfg):
         raise ValueError(
             "mask=auto finds the learning rate by way of lr=..., which no part of this config asks for: give lr=... in place "
@@ -135,7 +139,10 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
         raise ValueError(
             f"data.hold_out={cfg.data.hold_out} and mask=auto exclude each other: mask.held_out says what trials are judged by."
         )
-    shutil.rmtree(Path(cfg.paths.output_dir) / "auto", ignore_errors=True)  # of a choice that was not finished
+    unfinished, trials = Path(cfg.paths.output_dir) / _UNFINISHED, Path(cfg.paths.output_dir) / "auto"
+    done = _interrupted(unfinished)
+    if not done:
+        shutil.rmtree(trials, ignore_errors=True)  # of another choice
     with alone():
         data: LightningDataModule = instantiate(cfg.data)
         # of a copy: instantiating resolves what the block refers to, in place, and so would fix the optimizer's rate
@@ -146,10 +153,24 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
         longest = cfg.trainer.get("max_steps")
 
         def run(setting: Setting, steps: int) -> Outcome:
-            folder = Path(cfg.paths.output_dir) / "auto" / f"{steps:06d}-{settings.index(setting):03d}"
-            result = run_quietly(trial_config(cfg, auto, setting, steps, held_out, folder), folder)
+            nonlocal earlier
+            folder = trials / f"{steps:06d}-{settings.index(setting):03d}"
+            config = trial_config(cfg, auto, setting, steps, held_out, folder)
+            key = digest(config)
+            if key in done and folder.is_dir():
+                earlier += done[key]["wall_seconds"]
+                return outcome_of(auto, setting, steps, done[key], folder, most)
+            done.pop(key, None)
+            shutil.rmtree(folder, ignore_errors=True)  # of a trial that was killed
+            result = run_quietly(config, folder)
+            if result["error"] is None:  # one that failed is tried again
+                done[key] = result
+                write_json(unfinished, done)
             gc.collect()
             return outcome_of(auto, setting, steps, result, folder, most)
+
+        def passed() -> float:
+            return earlier + time.time() - started
 
         where = "of the training set" if held_out is not None else "of the validation set"
         rank_zero_info(f"mask=auto: {len(settings)} settings to try, in {auto.minutes:g} minutes at most")
@@ -161,9 +182,20 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
             mode=auto.mode,
             minutes=auto.minutes,
             longest=longest if isinstance(longest, int) and longest > 0 else None,
-            started=started,
+            passed=passed,
         )
     left_out += [{"name": s.name, "why": "there was no time: raise mask.minutes, or lower mask.steps"} for s in untried]
-    record = make_record(auto, cfg, rungs, left_out, where, time.time() - started)
+    record = make_record(auto, cfg, rungs, left_out, where, passed())
     show(record, auto)
     return record
+
+
+def _interrupted(unfinished: Path) -> dict[str, dict[str, Any]]:
+    """The results of the trials of a choice that was interrupted in this folder, by the digests of their configs."""
+    if not unfinished.exists():
+        return {}
+    done: dict[str, dict[str, Any]] = json.loads(unfinished.read_text(encoding="utf-8"))
+    rank_zero_info(
+        f"mask=auto: a choice was interrupted here: its trials in {unfinished} ({len(done)}) are not run again"
+    )
+    return done

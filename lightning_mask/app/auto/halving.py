@@ -9,7 +9,6 @@
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +79,7 @@ def halve(
     mode: str,
     minutes: float,
     longest: int | None,
-    started: float,
+    passed: Callable[[], float],
 ) -> tuple[list[list[Outcome]], list[Setting]]:
     """Run settings by successive halving; return the outcomes of each rung, and the settings for which there was no time.
 
@@ -95,7 +94,7 @@ def halve(
         mode: Which score is better: "min" or "max".
         minutes: Time for all.
         longest: Steps of the whole run, which no trial exceeds; None: not known.
-        started: When the clock started.
+        passed: Says how many seconds of it are over.
 
     Raises:
         ValueError: If there is no time for two settings, or none of them could be trained.
@@ -105,14 +104,14 @@ def halve(
     outcomes: list[Outcome] = []
     for place, setting in enumerate(settings):
         took = sum(o.seconds for o in outcomes) / max(place, 1)
-        passed = time.time() - started
-        if place == 1 and passed + took > limit:
+        over = passed()
+        if place == 1 and over + took > limit:
             raise ValueError(
                 f"mask.minutes={minutes:g} is too short: a trial of {steps} steps takes {took:.0f} s, and there are "
                 f"{len(settings)}. About {math.ceil((len(settings) * took * 2) / 60)} minutes are enough for all; fewer "
                 "mask.candidates, mask.densities, mask.rates or mask.steps take less."
             )
-        if place >= 2 and passed + took > limit / 2:
+        if place >= 2 and over + took > limit / 2:
             break
         outcomes.append(run(setting, steps))
     rungs, untried = [outcomes], list(settings[len(outcomes) :])
@@ -122,7 +121,7 @@ def halve(
             reasons = "; ".join(f"{o.setting.name}: {o.error}" for o in rungs[-1][:3])
             raise ValueError(f"mask=auto: no candidate could be trained ({reasons}).")
         more = min(steps * eta, longest or steps * eta)
-        kept, estimate = [], time.time() - started
+        kept, estimate = [], passed()
         for outcome in ranked[: -(-len(ranked) // eta)]:
             estimate += outcome.seconds + (more - steps) * outcome.seconds_per_step
             if estimate <= limit:
