@@ -459,7 +459,7 @@ def _best(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tens
     if len(set(sizes)) == 1:
         count = (2 * keep + sizes[0] - 1) // (2 * sizes[0])  # the fewer of two that come as near
         return top_k(units, min(max(count, min(keep, 1)), sum(u.numel() for u in units)))
-    scores = torch.cat([u.reshape(-1).float().cpu() for u in units])
+    scores = torch.cat([whole(u).reshape(-1).float().cpu() for u in units])
     widths = torch.cat([torch.full((u.numel(),), s) for u, s in zip(units, sizes, strict=True)])
     order = torch.argsort(scores, descending=True, stable=True)
     taken = torch.cat([torch.zeros(1, dtype=torch.int64), widths[order].cumsum(0)])

@@ -30,9 +30,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from lightning_mask import FreezeMask, GradientMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 from lightning_mask.callbacks.report import RunReport
-from lightning_mask.core import MaskEngine
+from lightning_mask.core import MaskEngine, Selection
 from lightning_mask.core.criteria import Context
 from lightning_mask.core.ranking import top_k
+from lightning_mask.core.selection import select
 from lightning_mask.tasks.task import Task
 
 STEPS = 12
@@ -47,6 +48,7 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
     "fisher": lambda: [FreezeMask("head", score="fisher", density=0.3, batches=2)],
     "one entry": lambda: [FreezeMask(score="magnitude", density=1)],
     "uniform rows": lambda: [FreezeMask(score="magnitude", density=0.3, structure="row", allocation="uniform")],
+    "rows": lambda: [FreezeMask(score="magnitude", density=0.3, structure="row")],
     "columns": lambda: [FreezeMask(score="magnitude", density=0.3, structure="column", scope="blocks.*.lin.weight")],
     "tensors": lambda: [FreezeMask(score="magnitude", density=0.3, structure="tensor")],
     "ramp": lambda: [
@@ -78,6 +80,7 @@ SAME_AS_DDP = [
     "random, drawn anew",
     "one entry",
     "uniform rows",
+    "rows",
     "columns",
     "tensors",
     "2:4",
@@ -586,6 +589,28 @@ def ranked() -> dict[str, Any]:
     return {"wrong": wrong}
 
 
+def turned() -> dict[str, Any]:
+    """Units of weights that lie as (in, out, ...), of which each rank has rows: chosen as those of the same weights whole."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.ConvTranspose1d(5, 6, 2), nn.ConvTranspose1d(6, 4, 3, groups=2), nn.Linear(4, 3))
+
+    dealt = net()
+    for layer in dealt:
+        fully_shard(layer)
+    fully_shard(dealt)
+    wrong, densities = [], []
+    for structure, allocation in (("row", "global"), ("column", "uniform"), ("block:2x1", "global"), ("entry", "row")):
+        for score in ("magnitude", "random", "spectral"):
+            scope = ["0.weight", "1.weight", *([] if structure.startswith("block") else ["2"])]
+            selection = Selection(None, score, 0.4, scope=scope, structure=structure, allocation=allocation)
+            expected, ours = (select(selection, each, Context(each)) for each in (net(), dealt))
+            wrong += [] if expected.hash() == ours.hash() else [f"{structure} {allocation} {score}"]
+            densities.append(expected.density())
+    return {"wrong": wrong, "densities": densities}
+
+
 def criterion_leaves_gradients() -> dict[str, Any]:
     """A criterion between backward and step: the step's own gradients stand where they stood."""
     torch.manual_seed(0)
@@ -671,6 +696,7 @@ def main(folder: Path) -> None:
         "plateau": plateau,
         "refused": refused,
         "ranked": ranked,
+        "turned": turned,
         "criterion leaves gradients": criterion_leaves_gradients,
         "written": written,
         "validated": validated,

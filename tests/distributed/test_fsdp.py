@@ -189,6 +189,13 @@ def test_a_plateau_ends_a_phase_and_goes_back_to_the_best_shards(ranks: list[dic
 
 
 @pytest.mark.slow
+def test_units_of_weights_that_lie_the_other_way_round_are_those_of_whole_weights(ranks: list[dict[str, Any]]) -> None:
+    for seen in case(ranks, "turned"):
+        assert seen["wrong"] == []
+        assert all(0.1 < density < 0.6 for density in seen["densities"])
+
+
+@pytest.mark.slow
 def test_a_layer_dealt_out_by_columns_is_refused_by_name(ranks: list[dict[str, Any]]) -> None:
     for seen in case(ranks, "refused"):
         assert seen["columns"].startswith("0.weight has placements")
