@@ -88,6 +88,10 @@ class MaskCallback(Callback):
         """Choose new masks when it is time, between two steps; return why, or None when nothing changed."""
         return None
 
+    def moved(self, session: Session) -> list[str]:
+        """Names of the tensors of which a criterion goes by a sum over the steps of training."""
+        return []
+
     def done_with_reference(self) -> bool:
         """Whether nothing that is still to come may ask for the weights from the start of training."""
         return not self.needs_reference

@@ -122,6 +122,10 @@ class FreezeMask(MaskCallback):
         self._masks = session.select(self.selection, self._draws)
         return f"FreezeMask: mask drawn anew at step {session.step}"
 
+    def moved(self, session: Session) -> list[str]:
+        """Names of what is ranked anew by the steps of training."""
+        return [] if self.refresh is None else moved_by(self.selection, session)
+
     def done_with_reference(self) -> bool:
         """Whether the mask is chosen, and will not be chosen anew."""
         return not self.needs_reference or self.refresh is None
@@ -151,6 +155,13 @@ def make_selection(where: str, **arguments: Any) -> Selection:
 def may_need_reference(selection: Selection) -> bool:
     """Whether the criterion may ask for the weights from the start of training."""
     return selection.score is not None and criteria.may_need_reference(selection.score)
+
+
+def moved_by(selection: Selection, session: Session) -> list[str]:
+    """Names of the tensors that a selection ranks by a sum over the steps of training."""
+    if selection.score is None or not criteria.accumulates(selection.score):
+        return []
+    return selection.scope_names(session.module, session.trainable)
 
 
 def has_own(selection: Selection) -> bool:

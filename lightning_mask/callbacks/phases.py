@@ -17,6 +17,7 @@ from lightning_mask.callbacks.freeze import (
     draw_due,
     has_own,
     may_need_reference,
+    moved_by,
     refresh_steps,
 )
 from lightning_mask.callbacks.phase import Phase, gradual, make_phases, read_phases, recipe_of, write_phases
@@ -236,6 +237,12 @@ class PhaseUnfreeze(MaskCallback):
         now.draws, now.drawn = now.draws + 1, session.step
         self._masks = session.select(self.current.selection, now.draws)
         return f"Phase {self.phase}: mask drawn anew at step {session.step}"
+
+    def moved(self, session: Session) -> list[str]:
+        """Names of what a later phase, or a mask drawn anew, ranks by the steps of training."""
+        first, *later = self.phases
+        ranked = [phase.selection for phase in later] + ([] if first.refresh is None else [first.selection])
+        return [name for selection in ranked for name in moved_by(selection, session)]
 
     def done_with_reference(self) -> bool:
         """Whether no later phase, nor a mask of this one that is to be drawn anew, may ask for the first weights."""

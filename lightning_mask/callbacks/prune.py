@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from lightning_mask.callbacks.base import MaskCallback, plain
 from lightning_mask.callbacks.freeze import Strings, has_own, may_need_reference
+from lightning_mask.callbacks.reach import check_phases, check_reach
+from lightning_mask.callbacks.rewind import Rewind
 from lightning_mask.callbacks.session import Session
-from lightning_mask.core import allocation as allocations
 from lightning_mask.core import criteria, schedules, sharding, structures
-from lightning_mask.core.allocation import Budget
+from lightning_mask.core.allocation import Budget, share
+from lightning_mask.core.criteria import Scores
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import resolve
-from lightning_mask.core.prunable import default_scope, read_sparsity
+from lightning_mask.core.prunable import default_scope, emptied, largest_share, read_sparsity
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
-from lightning_mask.core.schedules import Moment, Run
+from lightning_mask.core.schedules import Moment, Ramp, Run
 from lightning_mask.core.selection import (
     Selection,
     check_batches,
@@ -31,7 +33,7 @@ from lightning_mask.core.selection import (
     n_of_m,
     share_out,
 )
-from lightning_mask.core.transposed import transposed_weights, turned_shape
+from lightning_mask.core.transposed import transposed_weights
 
 
 class PruneMask(MaskCallback):
@@ -43,7 +45,8 @@ class PruneMask(MaskCallback):
     Args:
         sparsity: Final share of zeros in scope, a float in [0, 1); or ``"n:m"``, e.g. ``"2:4"``: the ``n`` best of every
             ``m`` neighbours along the input dimension stay (also where the weight lies transposed), all at once at
-            ``start``.
+            ``start``. Or a dict of patterns to shares, e.g. ``{"*.attention.*": 0.5, "*.intermediate.*": 0.9}``: each for
+            the tensors in scope that its pattern names and no earlier one does; what none names is not pruned.
         score: Criterion, higher = more worth keeping: a registered name, or a function.
         scope: Patterns; default: the weights of Linear and convolution layers and attention projections; not embeddings,
             norms, biases, or the output head.
@@ -51,26 +54,39 @@ class PruneMask(MaskCallback):
             ``"tensor"``, ``"layer"``, as in ``FreezeMask``.
         allocation: How zeros are shared among tensors: ``"global"``, ``"uniform"``, ``"erk"``, ``"row"``.
         schedule: Sparsity between ``start`` and ``end``: ``"constant"`` (all at once at ``start``), ``"linear"``,
-            ``"cubic"`` (Zhu and Gupta 2017).
+            ``"cubic"`` (Zhu and Gupta 2017), ``"cosine"``, ``"geometric"`` (the same share of what is alive each time).
         start: Moment of the first update.
         end: Moment of the last update, at which the final sparsity is reached; unused where all is pruned at once.
         every: Moment between updates; unused likewise.
-        regrow: At every update a share of what is alive is dropped and as much is grown elsewhere, from zero: ``"random"``
-            (SET), ``"gradient"`` (RigL: where the reduced gradient is largest), None: never.
-        regrow_fraction: That share at ``start``; it falls to 0 at ``end`` along a cosine.
+        regrow: What may come back until ``end``. ``"random"`` (SET), ``"gradient"`` (RigL: where the reduced gradient is
+            largest): at every update a share of what is alive is dropped and as much is grown elsewhere, from zero.
+            ``"ste"`` (straight-through): the network is that of the pruned weights, and all weights go on learning behind
+            the mask by its gradients; at every update they are ranked anew, and what comes back has its learned value. None:
+            nothing.
+        regrow_fraction: The share that SET and RigL exchange at ``start``; it falls to 0 at ``end`` along a cosine.
         rewind: Moment to whose weights everything that trains returns after each update, with fresh moments (lottery
-            ticket); the learning rate goes on. None: weights go on too.
+            ticket). None: weights go on.
+        rewind_lr: Whether the learning rate's schedulers go back to that moment too.
+        prune_held: Whether entries that FreezeMask or a phase holds at a value other than zero may be pruned.
+        allow_whole_layers: Whether all of a weight of two or more dimensions may be pruned, which no gradient passes.
         batches: Number of training batches (per rank) shown to a criterion that needs data, at every update.
         seed: Seed of random criteria.
         engine: As in ``FreezeMask``.
 
+    Attributes:
+        history: One row for each update: ``step``, ``sparsity`` of the scope, ``layers`` (name to sparsity).
+
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> PruneMask(0.9, schedule="cubic", start="10%", end="60%").history
+        []
     """
 
     def __init__(
         self,
-        sparsity: float | str,
+        sparsity: float | str | dict[str, float],
         *,
         score: str | Callable[..., Any] = "magnitude",
         scope: Strings = None,
@@ -83,6 +99,9 @@ class PruneMask(MaskCallback):
         regrow: str | None = None,
         regrow_fraction: float = 0.3,
         rewind: str | None = None,
+        rewind_lr: bool = True,
+        prune_held: bool = False,
+        allow_whole_layers: bool = False,
         batches: int = 32,
         seed: int = 0,
         engine: str = "auto",
@@ -90,12 +109,9 @@ class PruneMask(MaskCallback):
         check_engine(engine)
         self.engine = engine
         with _named():
-            self.sparsity, self.n_of_m = read_sparsity(sparsity)
-        if self.n_of_m is not None:
-            schedule = "constant"
-            if structure != "entry" or regrow is not None:
-                raise ValueError("PruneMask: an n:m sparsity chooses entries once; leave structure and regrow out.")
-        with _named():
+            self.sparsity, self.n_of_m = _read(plain(sparsity))
+            if self.n_of_m is not None:
+                schedule = "constant"
             criteria.get(score)
             check_shape(structure, allocation)
             schedules.schedule(schedule)
@@ -106,28 +122,43 @@ class PruneMask(MaskCallback):
         self.start, self.end, self.every = (
             Moment.parse(m, f"PruneMask: {n}") for m, n in ((start, "start"), (end, "end"), (every, "every"))
         )
-        if regrow not in (None, "random", "gradient"):
-            raise ValueError(f"PruneMask: regrow={regrow!r} must be 'random' (SET), 'gradient' (RigL) or None.")
-        if regrow is not None and structure != "entry":
-            raise ValueError(
-                f"PruneMask: regrow exchanges single entries; structure={structure!r} does not go with it."
-            )
-        if regrow is not None and allocation == "row":
-            raise ValueError("PruneMask: regrow exchanges entries of a tensor; allocation='row' does not go with it.")
-        if not isinstance(regrow_fraction, float | int) or not 0 < regrow_fraction <= 1:
-            raise ValueError(f"PruneMask: regrow_fraction={regrow_fraction!r} must be a share in (0, 1].")
-        self.regrow, self.regrow_fraction = regrow, float(regrow_fraction)
+        self.regrow, self.regrow_fraction, self.rewind_lr = regrow, regrow_fraction, rewind_lr
         self.rewind = None if rewind is None else Moment.parse(rewind, "PruneMask: rewind")
+        self.prune_held, self.allow_whole_layers = prune_held, allow_whole_layers
         self.batches, self.seed = batches, seed
+        self._check_arguments()
         ranked = Selection(score=score, density=1.0)
         self.needs_reference, self.own_criterion = may_need_reference(ranked), has_own(ranked)
-        self._steps = (0, 0, 1)
-        self._names: list[str] = []
-        self._last = 0.0
+        self.history: list[dict[str, Any]] = []
+        self._ramp = Ramp(0, 0, 1, schedule)
+        self._parts: list[tuple[list[str], float]] = []
+        self._last: list[float] = []
         self._updated = -1
-        self._rewind_step: int | None = None
-        self._rewind_to: dict[str, Tensor] = {}
-        self._rewind_due = False
+        self._rewind = Rewind(rewind_lr)
+        self._dense: dict[str, Tensor] = {}
+
+    def _check_arguments(self) -> None:
+        regrow, fraction = self.regrow, self.regrow_fraction
+        if regrow not in (None, "random", "gradient", "ste"):
+            raise ValueError(
+                f"PruneMask: regrow={regrow!r} must be 'random' (SET), 'gradient' (RigL), 'ste' (straight-through) or None."
+            )
+        if self.n_of_m is not None and (self.structure != "entry" or regrow in ("random", "gradient")):
+            raise ValueError(
+                "PruneMask: an n:m sparsity chooses single entries of each group; leave structure out, and regrow too (or 'ste')."
+            )
+        if regrow in ("random", "gradient") and self.structure != "entry":
+            raise ValueError(
+                f"PruneMask: regrow exchanges single entries; structure={self.structure!r} does not go with it."
+            )
+        if regrow in ("random", "gradient") and self.allocation == "row":
+            raise ValueError("PruneMask: regrow exchanges entries of a tensor; allocation='row' does not go with it.")
+        if not isinstance(fraction, float | int) or not 0 < fraction <= 1:
+            raise ValueError(f"PruneMask: regrow_fraction={fraction!r} must be a share in (0, 1].")
+        if regrow is not None and self.prune_held:
+            raise ValueError("PruneMask: what is held cannot learn or come back: leave regrow or prune_held out.")
+        if regrow == "ste" and self.rewind is not None:
+            raise ValueError("PruneMask: regrow='ste' keeps dense weights and rewind throws them away; choose one.")
 
     @property
     def state_key(self) -> str:
@@ -135,10 +166,54 @@ class PruneMask(MaskCallback):
         scope = json.dumps(self.scope)
         return self._generate_state_key(sparsity=self.sparsity, scope=scope, structure=self.structure, seed=self.seed)
 
+    # What the session asks.
+
+    @property
+    def _learns_behind(self) -> bool:
+        """Whether dense weights go on learning behind the masks of now."""
+        return self.regrow == "ste" and 0 <= self._updated < self._ramp.end
+
+    @property
+    def held(self) -> MaskSet:
+        """The masks whose other entries are held at zero."""
+        return MaskSet({}) if self._learns_behind else self.masks
+
+    @property
+    def shown(self) -> MaskSet:
+        """The masks behind which dense weights go on learning."""
+        return self.masks if self._learns_behind else MaskSet({})
+
+    def take_dense(self) -> dict[str, Tensor]:
+        """Return the dense weights that a checkpoint brought, once."""
+        dense, self._dense = self._dense, {}
+        return dense
+
+    def moved(self, session: Session) -> list[str]:
+        """Names of what is ranked by the steps of training."""
+        return self._names if criteria.accumulates(self.score) else []
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for names, _ in self._parts for name in names]
+
     def check(self, session: Session) -> None:
         """Refuse bad input before training."""
-        self._names = self._scope_names(session)
-        self._check_reach(session)
+        self._parts = self._scope_parts(session)
+        mine = set(self._names)
+        for other in session.pruners:
+            both = [] if other is self else [name for names, _ in other._parts for name in names if name in mine]
+            if both and "ste" in (self.regrow, other.regrow):
+                raise ValueError(
+                    f"PruneMask: {both[0]} is in scope of two PruneMasks, and one of them has regrow='ste', which needs its "
+                    "tensors for itself; take it out of the scope of the other."
+                )
+        if not self.prune_held:
+            check_reach(session, self._parts, "uniform" if self.n_of_m is not None else self.allocation)
+
+    def check_phases(self, session: Session) -> None:
+        """Refuse a ramp that rises while a phase holds too much."""
+        if not self._restored and not self.prune_held:
+            check_phases(session, self._parts, self._ramp)
 
     def measure(self, run: Run) -> None:
         """Turn the ramp's moments into steps."""
@@ -148,8 +223,8 @@ class PruneMask(MaskCallback):
             name, end = "end", self.end.steps(run, "PruneMask: end")
             every = max(self.every.steps(run, "PruneMask: every"), 1)
         if self.rewind is not None:
-            self._rewind_step = self.rewind.steps(run, "PruneMask: rewind")
-            if self._rewind_step > start:
+            self._rewind.step = self.rewind.steps(run, "PruneMask: rewind")
+            if self._rewind.step > start:
                 raise ValueError(
                     f"PruneMask: rewind={str(self.rewind)!r} lies after start={str(self.start)!r} in this run."
                 )
@@ -162,72 +237,111 @@ class PruneMask(MaskCallback):
             )
         last = int(min(end, run.total_steps - 1))  # an update needs a step after it
         beyond = run.debug and start > run.total_steps
-        self._steps = (start, end, every) if beyond else (min(start, last), last, every)
+        self._ramp = Ramp(*((start, end, every) if beyond else (min(start, last), last, every)), self.schedule)
 
     def begin(self, session: Session) -> None:
         """Start from nothing pruned, unless a checkpoint brought masks."""
-        if not self._restored:
-            parameters = dict(session.module.named_parameters())
-            self._masks = MaskSet({name: full(True, parameters[name]) for name in self._names})
-            self._last, self._updated, self._rewind_to, self._rewind_due = 0.0, -1, {}, False
+        if self._restored:
+            return
+        parameters = dict(session.module.named_parameters())
+        self._masks = MaskSet({name: full(True, parameters[name]) for name in self._names})
+        self._last, self._updated, self.history = [0.0] * len(self._parts), -1, []
+        self._rewind.forget()
+        if criteria.from_weights(self.score) and self.regrow not in ("random", "gradient"):
+            tensors = {name: parameters[name] for name in self._names}
+            scores = criteria.compute(self.score, dict(tensors), session.context(self.seed, self.batches))
+            final = [sparsity for _, sparsity in self._parts]
+            self._refuse_whole_layers(self._choose(scores, final, session), scores, final, session)
+        session.say(self._cost(session))
 
     def advance(self, session: Session) -> str | None:
         """Keep the weights to rewind to when it is time, and go back to them after an update."""
-        self._keep_for_rewind(session)
-        if self._rewind_due and session.engine is not None:
-            self._rewind_due = False
-            session.engine.rewind(self._rewind_to)
+        self._rewind.keep(session)
+        self._rewind.go_back(session)
         return None
-
-    def _keep_for_rewind(self, session: Session) -> None:
-        """Copy the weights at the first chance: by hand, several steps may lie between two batches."""
-        if self._rewind_step is not None and session.step >= self._rewind_step and not self._rewind_to:
-            self._rewind_to = {n: p.detach().clone() for n, p in session.module.named_parameters()}
-
-    def last_update(self, step: int) -> tuple[int, float] | None:
-        """Return the step of the update that is in force at ``step`` and its progress in [0, 1]; None before ``start``."""
-        start, end, every = self._steps
-        if step < start:
-            return None
-        updated = end if step >= end else step - (step - start) % every
-        return updated, (updated - start) / (end - start) if end > start else 1.0
-
-    def _target(self, progress: float) -> float:
-        return self.sparsity * schedules.schedule(self.schedule)(progress)
 
     def prune(self, session: Session) -> str | None:
         """Prune when an update is due at this step; return what was done."""
-        self._keep_for_rewind(session)
-        step = session.step
-        due = self.last_update(step)
+        self._rewind.keep(session)
+        step, engine = session.step, session.engine
+        due = self._ramp.last_update(step)
         if due is None or due[0] <= self._updated:
             return None
+        assert engine is not None
         self._updated, progress = due
-        sparsity = max(self._target(progress), self._last)  # a longer run's ramp may lie below at first
-        if sparsity == self._last and self.regrow is None:
+        rising = zip(self._parts, self._last, strict=True)  # a longer run's ramp may lie below at first
+        sparsities = [max(self._ramp.sparsity(final, progress), last) for (_, final), last in rising]
+        if sparsities == self._last and self.regrow is None:
             return None
-        self._last = sparsity
+        self._last = sparsities
         parameters = {name: session.module.get_parameter(name) for name in self._names}
-        with nullcontext() if session.engine is None else session.engine.whole_gradients():
-            scores = criteria.compute(self.score, dict(parameters), session.context(self.seed, self.batches))
         free = session.free()
-        for name, score in scores.items():
-            scores[name] = _constrained(score, parameters[name], self.masks[name], free[name])
-        budget = Budget(sparsity, removed=True)
-        if self.n_of_m is not None:
-            chosen = n_of_m(scores, *self.n_of_m, transposed=transposed_weights(session.module))
-        elif self.regrow is not None:
-            growth = self._growth(parameters, free, step)
-            fraction = cosine_fraction(self.regrow_fraction, progress)
-            chosen = drop_and_grow(scores, growth, budget, self.allocation, fraction)
+        with engine.behind.opened():
+            with engine.whole_gradients():
+                scores = criteria.compute(self.score, dict(parameters), session.context(self.seed, self.batches))
+            for name, score in scores.items():
+                scores[name] = self._constrained(score, parameters[name], free[name], self.masks[name])
+        if self.regrow in ("random", "gradient"):
+            growth, fraction = self._growth(parameters, free, step), cosine_fraction(self.regrow_fraction, progress)
+            chosen = {
+                name: mask
+                for (names, _), sparsity in zip(self._parts, sparsities, strict=True)
+                for name, mask in drop_and_grow(
+                    {n: scores[n] for n in names},
+                    {n: growth[n] for n in names},
+                    Budget(sparsity, removed=True),
+                    self.allocation,
+                    fraction,
+                ).items()
+            }
         else:
-            chosen = choose(scores, [(self._names, budget)], self.structure, self.allocation, session.module)
+            chosen = self._choose(scores, sparsities, session)
         shares = {name: own(sharding.shard(mask, parameters[name])) for name, mask in chosen.items()}
-        masks = MaskSet(shares, self._recipe(sparsity))
+        masks = MaskSet(shares, self._recipe(sparsities))
         session.agree(masks, "PruneMask")
         self._refuse_held(masks, scores, free)
-        self._masks, self._rewind_due = masks, self._rewind_step is not None
+        self._refuse_whole_layers(masks, scores, sparsities, session)
+        self._masks, self._rewind.due = masks, self._rewind.step is not None
+        self._record(session, masks)
         return f"sparsity {1 - masks.density():.4f} from step {step}"
+
+    def _choose(self, scores: Scores, sparsities: list[float], session: Session) -> dict[str, Tensor]:
+        if self.n_of_m is not None:
+            return n_of_m(scores, *self.n_of_m, transposed=transposed_weights(session.module))
+        budgets = [(n, Budget(s, removed=True)) for (n, _), s in zip(self._parts, sparsities, strict=True)]
+        return choose(scores, budgets, self.structure, self.allocation, session.module)
+
+    def _constrained(self, score: Tensor, parameter: Tensor, free: Tensor, alive: Tensor) -> Tensor:
+        """Scores under which what is pruned stays pruned (and can be regrown), and what is held and not zero stays."""
+        score = score.float()
+        if self.regrow != "ste":
+            score = score.masked_fill(~alive.to(score.device), -torch.inf)
+        if self.prune_held or active(free) == free.numel():
+            return score
+        held = ~free.to(score.device) & (parameter.detach() != 0).to(score.device)
+        return score.masked_fill(held, torch.inf)
+
+    def _record(self, session: Session, masks: MaskSet) -> None:
+        layers = {name: 1 - active(mask) / max(mask.numel(), 1) for name, mask in masks.items()}
+        self.history.append({"step": session.step, "sparsity": 1 - masks.density(), "layers": layers})
+        for logger in session.trainer.loggers:
+            logger.log_metrics({f"mask/sparsity/{name}": value for name, value in layers.items()}, step=session.step)
+
+    def _cost(self, session: Session) -> str:
+        """What this setting will come to, in one line."""
+        tensors = {name: session.module.get_parameter(name) for name in self._names}
+        entries = sum(t.numel() for t in tensors.values())
+        zeros = sum(share(s, sum(tensors[n].numel() for n in names)) for names, s in self._parts)
+        dense = sum(t.numel() * t.element_size() for t in tensors.values())
+        sparse = dense * (1 - zeros / max(entries, 1)) + entries / 8
+        said = f"PruneMask: {zeros:,} of {entries:,} entries in scope ({zeros / max(entries, 1):.2%}) are to be zero"
+        ramp, updates = self._ramp, self._ramp.updates
+        said += f" from step {ramp.end} on, in {updates:,} update{'s' if updates > 1 else ''}"
+        if not criteria.from_weights(self.score) and not criteria.accumulates(self.score):
+            total, shown = session.run().total_steps, updates * self.batches
+            of = f", {shown / total:.1%} of the run's own steps," if math.isfinite(total) else ""
+            said += f"; the criterion may look at up to {shown:,} batches{of} in all"
+        return f"{said}; as values and bits they take {_size(sparse)} instead of {_size(dense)}"
 
     def _growth(self, parameters: dict[str, nn.Parameter], free: MaskSet, step: int) -> dict[str, Tensor]:
         """What each entry is worth growing; what a FreezeMask or a phase holds is not grown."""
@@ -245,7 +359,10 @@ class PruneMask(MaskCallback):
             growth[name] = finite.masked_fill(~free[name].to(finite.device), -torch.inf)
         return growth
 
-    def _recipe(self, sparsity: float) -> dict[str, Any]:
+    def _recipe(self, sparsities: list[float]) -> dict[str, Any]:
+        sparsity: Any = sparsities[0]
+        if isinstance(self.sparsity, Mapping):
+            sparsity = dict(zip(self.sparsity, sparsities, strict=True))
         return {
             "pruned by": criteria.name_of(self.score),
             "sparsity": sparsity,
@@ -253,7 +370,7 @@ class PruneMask(MaskCallback):
             "allocation": self.allocation,
         }
 
-    def _scope_names(self, session: Session) -> list[str]:
+    def _scope_parts(self, session: Session) -> list[tuple[list[str], float]]:
         module = session.module
         if self.scope is None:
             names = default_scope(module)
@@ -265,123 +382,83 @@ class PruneMask(MaskCallback):
             raise ValueError(
                 "PruneMask: the model has no Linear, convolution or attention weight to prune; name tensors in scope."
             )
+        parts = self._split(names, module)
         parameters, transposed = dict(module.named_parameters()), transposed_weights(module)
-        for name in names:
+        for name in (name for mine, _ in parts for name in mine):
             if self.n_of_m is not None:
                 shape = tuple(parameters[name].shape)
                 check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], transposed.get(name, 0))
             if not parameters[name].is_floating_point():
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
         if self.n_of_m is None:
-            shapes = {name: tuple(parameters[name].shape) for name in names if parameters[name].numel()}
+            shapes = {n: tuple(parameters[n].shape) for names, _ in parts for n in names if parameters[n].numel()}
             with _named():
-                budgets = [(names, Budget(self.sparsity, removed=True))]
+                budgets = [(names, Budget(sparsity, removed=True)) for names, sparsity in parts]
                 share_out(shapes, budgets, self.structure, self.allocation, module)
-        return names
+        return parts
 
-    def _check_reach(self, session: Session) -> None:
-        """Refuse a sparsity that what is held whole for the whole run rules out (held entries are not pruned)."""
-        if session.phases is not None:
-            return
-        tensors = {name: session.module.get_parameter(name) for name in self._names}
-        allocate = allocations.get("uniform" if self.n_of_m is not None else self.allocation)
-        transposed = transposed_weights(session.module) if self.allocation == "row" else {}
-        shapes = {name: turned_shape(tuple(t.shape), transposed.get(name, 0)) for name, t in tensors.items()}
-        groups = allocate(shapes, Budget(self.sparsity, removed=True))
-        for names, keep in groups:
-            total = sum(tensors[name].numel() for name in names)
-            free = self._free_of_all(session, names)
-            if total - keep > free and total - keep > free + sum(_zeros(tensors[n]) for n in names):
-                of = "in scope" if len(names) == len(self._names) else f"of {names[0]}"
-                held = f"FreezeMask holds all but {free:,} of them"
-                if not session.freezers:
-                    held = f"all but {free:,} of them do not train (requires_grad=False, or in no optimizer)"
+    def _split(self, names: list[str], module: nn.Module) -> list[tuple[list[str], float]]:
+        if not isinstance(self.sparsity, Mapping):
+            return [(names, self.sparsity)]
+        parts, left = [], dict.fromkeys(names)
+        for pattern, sparsity in self.sparsity.items():
+            mine = [name for name in resolve(pattern, module, "PruneMask: sparsity") if name in left]
+            if not mine:
                 raise ValueError(
-                    f"PruneMask: sparsity={self.sparsity} of the {total:,} entries {of} cannot be reached: {held}, and a held "
-                    "entry is not pruned; let them train, or give PruneMask a scope that trains."
+                    f"PruneMask: sparsity: the pattern {pattern!r} names no tensor in scope that an earlier pattern does not "
+                    "name; take it out, move it forward, or widen scope."
                 )
+            parts.append((mine, sparsity))
+            for name in mine:
+                del left[name]
+        return parts
 
-    def check_phases(self, session: Session) -> None:
-        """Refuse a ramp that rises in a phase that lets too little of the scope change; all are measured by now.
-
-        What comes after a phase that a metric ends is not known yet, and is left to :meth:`prune`.
-
-        Raises:
-            ValueError: Naming the phase.
-        """
-        phases = session.phases
-        if phases is None or self._restored:
-            return
-        tensors = [session.module.get_parameter(name) for name in self._names]
-        total, zeros = sum(t.numel() for t in tensors), sum(_zeros(t) for t in tensors)
-        start, reached = 0.0, 0
-        for i, (phase, end) in enumerate(zip(phases.phases, phases.ends, strict=True)):
-            last = i == len(phases.phases) - 1
-            if end == math.inf and not last:
-                return
-            due = self.last_update(int(min(end - 1, self._steps[1]))) if end > start else None
-            target = allocations.share(self._target(due[1]), total) if due else 0
-            if phase.selection.empty:
-                free = self._free_of_all(session, self._names)
-            else:
-                free = self._free_at_most(phase.selection, session, self._names)
-            if target > reached and target - reached > free + zeros:
-                raise ValueError(
-                    f"PruneMask: {target:,} of the {total:,} entries in scope are to be zero by the end of {phases.label(i)} of "
-                    f"PhaseUnfreeze, which lets only {free:,} of them change, and a held entry is not pruned. Move start and "
-                    "end to where they train, or let the phase train more of them."
-                )
-            start, reached = end, max(reached, target)
-
-    def _free_of_all(self, session: Session, names: list[str]) -> int:
-        """How many entries of ``names`` all FreezeMasks can let change, at most; without any, how many train."""
-        if session.freezers:
-            return min(self._free_at_most(freezer.selection, session, names) for freezer in session.freezers)
-        trains = session.trainable & session.owned
-        return sum(session.module.get_parameter(name).numel() for name in names if name in trains)
-
-    def _free_at_most(self, selection: Selection, session: Session, names: list[str]) -> int:
-        """How many entries of ``names`` the selection can let change, at most."""
-        module = session.module
-        sizes = {name: module.get_parameter(name).numel() for name in names}
-        whole = sum(sizes.get(name, 0) for name in resolve(selection.train or (), module))
-        if selection.mask is not None:
-            return whole + sum(active(mask) for name, mask in selection.given(module).items() if name in sizes)
-        if selection.density is None:
-            return whole
-        total = whole
-        for ranked, budget in selection.budgets(module, session.trainable):
-            kept = budget.keep(sum(module.get_parameter(name).numel() for name in ranked))
-            total += min(kept, sum(sizes.get(name, 0) for name in ranked))
-        return total
-
-    def _refuse_held(self, masks: MaskSet, scores: dict[str, Tensor], free: MaskSet) -> None:
+    def _refuse_held(self, masks: MaskSet, scores: Scores, free: MaskSet) -> None:
         for name, mask in masks.items():
             score = scores[name]
             kept = torch.isposinf(score) & ~mask.to(score.device)
             if sharding.count(kept):
-                what, out = f"held entries of {name}", "let FreezeMask or the phase train more of it"
-                if not sharding.count(kept & ~free[name].to(score.device)):
+                what, out = (
+                    f"held entries of {name}",
+                    "let FreezeMask or the phase train more of it, set prune_held=True",
+                )
+                if self.prune_held or not sharding.count(kept & ~free[name].to(score.device)):
                     what = f"entries of {name} that the criterion scores as infinite"
                     out = "give fewer of them an infinite score, or finite ones to all"
+                sparsity = next(s for (names, _), s in zip(self._parts, self._last, strict=True) if name in names)
                 raise ValueError(
-                    f"PruneMask: sparsity {self._last:.4f} cannot be reached without pruning {what}; {out}, or lower the "
+                    f"PruneMask: sparsity {sparsity:.4f} cannot be reached without pruning {what}; {out}, or lower the "
                     "sparsity."
                 )
 
+    def _refuse_whole_layers(
+        self, masks: Mapping[str, Tensor], scores: Scores, sparsities: list[float], session: Session
+    ) -> None:
+        whole = [] if self.allow_whole_layers or self.structure in ("tensor", "layer") else emptied(masks)
+        if not whole:
+            return
+        most = largest_share(lambda f: not emptied(self._choose(scores, [f * s for s in sparsities], session)))
+        raise ValueError(
+            f"PruneMask: sparsity {max(sparsities):.4f} would prune all of {whole[0]}"
+            f"{f' and {len(whole) - 1} more' if len(whole) > 1 else ''}, and no gradient passes such a layer; "
+            f"{most * max(sparsities):.4f} is about the most that leaves each layer something. Lower the sparsity, take "
+            f"{whole[0]} out of the scope, choose allocation='uniform' or 'erk', or set allow_whole_layers=True."
+        )
+
     def own_state(self) -> dict[str, Any]:
-        """Return the sparsity reached."""
-        return {
-            "last": self._last,
-            "updated": self._updated,
-            "rewind_to": sharding.gathered(self._rewind_to),
-            "rewind_due": self._rewind_due,
-        }
+        """Return the sparsity reached, what to rewind to, and the dense weights that learn behind the masks."""
+        state = {"last": self._last, "updated": self._updated, "rewind": self._rewind.state(), "history": self.history}
+        engine = self._session.engine if self._session is not None else None
+        if self._learns_behind and engine is not None:
+            mine = set(self._names)
+            state["dense"] = sharding.gathered({n: w for n, w in engine.behind.weights().items() if n in mine})
+        return state
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Take over the sparsity reached."""
-        self._last, self._updated = state["last"], state["updated"]
-        self._rewind_to, self._rewind_due = state["rewind_to"], state["rewind_due"]
+        """Take over what :meth:`own_state` gave away."""
+        self._last, self._updated, self.history = state["last"], state["updated"], state["history"]
+        self._rewind.load(state["rewind"])
+        self._dense = state.get("dense", {})
 
 
 @contextmanager
@@ -393,14 +470,17 @@ def _named() -> Iterator[None]:
         raise ValueError(f"PruneMask: {error}") from None
 
 
-def _constrained(score: Tensor, parameter: Tensor, alive: Tensor, free: Tensor) -> Tensor:
-    """Scores under which what is pruned stays pruned and what is held and not zero stays."""
-    score = score.float().masked_fill(~alive.to(score.device), -torch.inf)
-    if active(free) == free.numel():
-        return score
-    held = ~free.to(score.device) & alive.to(score.device) & (parameter.detach() != 0).to(score.device)
-    return score.masked_fill_(held, torch.inf)
+def _read(sparsity: Any) -> tuple[float | dict[str, float], tuple[int, int] | None]:
+    """Read a sparsity, or a dict of them."""
+    if not isinstance(sparsity, Mapping):
+        return read_sparsity(sparsity)
+    if not sparsity:
+        raise ValueError("sparsity={} names nothing; give patterns and their shares, or one share.")
+    for pattern, each in sparsity.items():
+        if isinstance(each, str | Mapping):
+            raise ValueError(f"sparsity: {each!r} of the pattern {pattern!r} must be a share in [0, 1).")
+    return {pattern: read_sparsity(each)[0] for pattern, each in sparsity.items()}, None
 
 
-def _zeros(tensor: Tensor) -> int:
-    return sharding.count(tensor.detach() == 0)
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

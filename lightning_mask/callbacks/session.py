@@ -34,6 +34,7 @@ from lightning_mask.core.criteria import Context, named_seed
 from lightning_mask.core.distributed import require_equal_masks
 from lightning_mask.core.engine import MaskEngine
 from lightning_mask.core.maskset import MaskSet, active, both, full
+from lightning_mask.core.movement import Movement
 from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.schedules import Run
 from lightning_mask.core.selection import Selection, select
@@ -78,6 +79,8 @@ class Session:
         """Names of the tensors that an optimizer held before this fit."""
         self.reference: dict[str, Tensor] | None = None
         """The weights at the start of training (and the buffers, where a phase restarts), where somebody needs them."""
+        self.movement: Movement | None = None
+        """Where training has moved the entries to, where somebody needs it."""
         self._in_window = self._applied = self._epoch_ended = False
         self._epoch = -1
         self._facts: dict[str, float] = {}
@@ -124,6 +127,7 @@ class Session:
             batches=lambda: calibration.training_batches(self.trainer, batches),
             seed=selection_seed,
             reference=self.reference,
+            movement=self.movement.sums if self.movement is not None and self.movement.steps else None,
         )
 
     def select(self, selection: Selection, draw: int = 0) -> MaskSet:
@@ -206,6 +210,9 @@ class Session:
         shared = next((m._shared for m in self.members if m._shared), None)
         if any(member.needs_reference for member in self.members):
             self.reference = self._start_of_training(shared)
+        moved = dict.fromkeys(name for member in self.members for name in member.moved(self))
+        if moved:
+            self.movement = Movement(self.module, moved, (shared or {}).get("movement"))
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             regrows = any(pruner.regrow for pruner in self.pruners)
             self._reduction = Reduction(self.trainer.strategy, self.trainable, regrows)
@@ -304,6 +311,9 @@ class Session:
             self._hold()
             self.tell("on_masks_changed", "; ".join(changed))
         self.engine.after_backward()
+        if self.movement is not None:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            self.movement.add(self.engine, 1.0 if scaler is None else float(scaler.get_scale()))
 
     def validated(self) -> None:
         """Let the phases look at a monitored metric."""
@@ -382,6 +392,8 @@ class Session:
         state: dict[str, Any] = {"random": random_state.collect()}
         if self.reference is not None:
             state["reference"] = sharding.gathered(self.reference)
+        if self.movement is not None and self.movement.steps:
+            state["movement"] = sharding.gathered(self.movement.sums)
         return state
 
     # Masks in force.
@@ -399,10 +411,10 @@ class Session:
         return MaskSet({name: full(name in trains, p) for name, p in self.module.named_parameters()})
 
     def _alive(self) -> dict[str, Tensor]:
-        """What all PruneMasks let live, of the tensors that they have in scope."""
+        """What all PruneMasks let live, of the tensors of which they hold entries at zero."""
         alive: dict[str, Tensor] = {}
         for pruner in self.pruners:
-            for name, mask in pruner.masks.items():
+            for name, mask in pruner.held.items():
                 alive[name] = both(alive[name], mask) if name in alive else mask
         return alive
 
@@ -438,11 +450,19 @@ class Session:
                 **self.stored,
             )
             self.stored = {}
+            self._learn_behind()
         else:
+            self._learn_behind()
             self.engine.update(combined, zero={name: ~mask for name, mask in alive.items()})
         self.correct_averages()
         self._take_facts()
         self._refuse_idle_optimizer()
+
+    def _learn_behind(self) -> None:
+        assert self.engine is not None
+        masks = {name: mask for pruner in self.pruners for name, mask in pruner.shown.items()}
+        dense = {name: value for pruner in self.pruners for name, value in pruner.take_dense().items()}
+        self.engine.behind.change(masks, dense)
 
     def _refuse_idle_optimizer(self) -> None:
         """A gradient scaler fails, in words of its own, on an optimizer without any gradient."""

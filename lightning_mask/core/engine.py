@@ -25,7 +25,18 @@ from lightning_mask.core.optimizers import (
 )
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.rows import supports, whole_lines
-from lightning_mask.core.sharding import check_layout, equal, is_sharded, local, offloaded, part, reshard, shard, totals
+from lightning_mask.core.sharding import (
+    check_layout,
+    equal,
+    is_sharded,
+    local,
+    offloaded,
+    part,
+    reshard,
+    shard,
+    totals,
+)
+from lightning_mask.core.straight_through import DenseBehind
 
 ENGINES = ("auto", "compact", "dense")
 
@@ -120,6 +131,8 @@ class MaskEngine:
         self._held: set[str] = set()
         self._whole: dict[str, Holder] = {}
         self._norms = HeldNorms(model, keep=guard)
+        self.behind = DenseBehind(self._parameters, self._owners)
+        """Dense weights that the optimizer goes on updating behind masks; none by default."""
         self._rates: list[RateFactors] = []
         self._factors: dict[str, float] = {}
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in self.optimizers]
@@ -178,6 +191,21 @@ class MaskEngine:
             elif name in self._holders:
                 places = indices(part(self.masks[name], parameter))
             yield name, local(gradient), places
+
+    def gradient(self, name: str) -> Tensor | None:
+        """Return, after :meth:`after_backward`, this rank's part of what an optimizer takes as a parameter's gradient.
+
+        Returns:
+            Of the parameter's shape, zero at held entries; None without one.
+        """
+        taken = self._in_optimizer(name).grad
+        if taken is None:
+            return None
+        return self._compact[name].slots.scatter(local(taken)) if name in self._compact else local(taken)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the parameter of that name."""
+        return self._parameters[name]
 
     @torch.no_grad()
     def update(self, masks: Mapping[str, Tensor], zero: Mapping[str, Tensor] | None = None) -> None:
@@ -302,6 +330,7 @@ class MaskEngine:
                 value = state_dict.get(prefix + alias)
                 if isinstance(value, Tensor) and value.shape == self._parameters[name].shape:
                     state_dict[prefix + alias] = self._exact(name, holder, value.detach())
+        self.behind.correct(state_dict, prefix, self._aliases)
 
     @torch.no_grad()
     def rewind(self, weights: Mapping[str, Tensor]) -> None:
@@ -335,6 +364,7 @@ class MaskEngine:
     @torch.no_grad()
     def restore(self) -> None:
         """Write every held value back, as is done after each step; with ``guard`` what is held whole and statistics too."""
+        self.behind.close()
         self._write_held(self._parameters)
         self._norms.restore()
 
@@ -356,6 +386,7 @@ class MaskEngine:
             rate.remove()
         for compact in self._compact.values():
             compact.remove()
+        self.behind.drop()
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(self._required[name])
         self._norms.hold(set())
@@ -375,6 +406,7 @@ class MaskEngine:
         """Take over what others wrote to the weights, at the last moment: after the closure, where there is one."""
 
         def read() -> None:
+            self.behind.open(optimizer)
             for compact in self._compact.values():
                 if compact.optimizer is optimizer:
                     compact.read()
@@ -407,6 +439,7 @@ class MaskEngine:
             group, step = groups[id(self._in_optimizer(name))], self._step_of(optimizer, name)
             with torch.no_grad():
                 ages.after_step(local(self._parameters[name]), step, group, optimizer)
+        self.behind.close(optimizer)
 
     def _ages_of(self, optimizer: Optimizer) -> list[tuple[str, Ages]]:
         return [

@@ -1,9 +1,11 @@
 """What of a model may be pruned, and how sparsity is written."""
 
 import re
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from lightning_mask.core.maskset import active
 from lightning_mask.core.patterns import repeated_blocks
 from lightning_mask.core.transposed import is_conv1d
 
@@ -53,3 +55,17 @@ def default_scope(module: nn.Module) -> list[str]:
         layers.pop()
     wanted = {id(w) for _, found in layers for w in found}
     return [name for name, p in module.named_parameters() if id(p) in wanted]
+
+
+def emptied(masks: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the masks of two or more dimensions that leave nothing: no gradient passes such a weight."""
+    return [name for name, mask in masks.items() if mask.dim() > 1 and mask.numel() and not active(mask)]
+
+
+def largest_share(works: Callable[[float], bool]) -> float:
+    """Return the largest share in [0, 1], to 1e-4, at which ``works``, which holds at 0 and no longer from some share on."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return low

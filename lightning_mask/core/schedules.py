@@ -1,4 +1,4 @@
-"""Schedules: sparsity as a function of progress, and moments: points in training."""
+"""Schedules: sparsity as a function of progress; ramps: when it is raised; and moments: points in training."""
 
 import math
 import re
@@ -8,17 +8,22 @@ from typing import Any
 
 from lightning_mask.core.allocation import share
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    # Share of the final sparsity at progress t in [0, 1] of the ramp.
-    "constant": lambda t: 1.0,
-    "linear": lambda t: t,
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    # Sparsity at progress t in [0, 1] of a ramp that ends at s in [0, 1).
+    "constant": lambda t, s: s,
+    "linear": lambda t, s: s * t,
     # Zhu and Gupta, "To prune, or not to prune" (2017), equation (1) with initial sparsity 0.
-    "cubic": lambda t: 1.0 - (1.0 - t) ** 3,
+    "cubic": lambda t, s: s * (1.0 - (1.0 - t) ** 3),
+    # Half a cosine: slow at both ends.
+    "cosine": lambda t, s: s * (1.0 - math.cos(math.pi * t)) / 2.0,
+    # The same share of what is alive at every update: Frankle and Carbin, "The Lottery Ticket Hypothesis" (2019), section 1,
+    # where after round i of n the density is (1 - s)^(i / n).
+    "geometric": lambda t, s: 1.0 - (1.0 - s) ** t,
 }
 
 
-def schedule(name: str) -> Callable[[float], float]:
-    """Return the schedule of that name: progress in [0, 1] to a share of the final sparsity.
+def schedule(name: str) -> Callable[[float, float], float]:
+    """Return the schedule of that name: progress in [0, 1] and the final sparsity to the sparsity.
 
     Raises:
         ValueError: If there is none.
@@ -26,6 +31,39 @@ def schedule(name: str) -> Callable[[float], float]:
     if name not in SCHEDULES:
         raise ValueError(f"schedule={name!r} is unknown; there are {', '.join(sorted(SCHEDULES))}.")
     return SCHEDULES[name]
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """When sparsity is raised, and how far.
+
+    Attributes:
+        start: Optimizer step of the first update.
+        end: Of the last one, at which the final sparsity is reached.
+        every: Steps between updates.
+        schedule: Name of how the sparsity grows.
+    """
+
+    start: int
+    end: int
+    every: int
+    schedule: str
+
+    def last_update(self, step: int) -> tuple[int, float] | None:
+        """Return the step of the update that is in force at ``step`` and its progress in [0, 1]; None before ``start``."""
+        if step < self.start:
+            return None
+        updated = self.end if step >= self.end else step - (step - self.start) % self.every
+        return updated, (updated - self.start) / (self.end - self.start) if self.end > self.start else 1.0
+
+    @property
+    def updates(self) -> int:
+        """Number of updates from ``start`` to ``end``."""
+        return 1 + -(-(self.end - self.start) // self.every)
+
+    def sparsity(self, final: float, progress: float) -> float:
+        """Return the sparsity at ``progress`` of a ramp to ``final``."""
+        return schedule(self.schedule)(progress, final)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ def test_it_chooses_the_entries_that_train_and_holds_the_others(score: str) -> N
 @pytest.mark.parametrize("score", sorted(CRITERIA))
 def test_it_prunes(score: str) -> None:
     net = Sampling()
-    mask = PruneMask(0.5, score=score, schedule="constant", end="0%", batches=2, scope=[*LINEAR, "!head"])
+    mask = PruneMask(
+        0.5, score=score, schedule="constant", batches=2, scope=[*LINEAR, "!head"], allow_whole_layers=True
+    )
     trainer(mask, max_steps=2).fit(net, batches())
     assert sum(int((net.get_parameter(n) == 0).sum()) for n in SIZES if n != "head.weight") == 192
 

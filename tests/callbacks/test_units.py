@@ -88,9 +88,9 @@ def test_heads_train_by_rows_and_columns(score: str) -> None:
 
 def test_pruned_heads_are_pruned_whole() -> None:
     net = Text()
-    prune = PruneMask(0.75, structure="head", schedule="constant", start="1 steps")
+    prune = PruneMask(0.5, structure="head", schedule="constant", start="1 steps")
     fit(net, prune, max_steps=3)
-    assert prune.masks.density() == 0.25
+    assert prune.masks.density() == 0.5
     for group in structures.heads(net):
         zeros = [
             heads_of(net.get_parameter(name) != 0, tiles.dims[0])

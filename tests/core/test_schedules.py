@@ -15,10 +15,28 @@ ENDLESS = Run(total_steps=math.inf, steps_per_epoch=math.inf)
         ("constant", [1, 1, 1, 1]),
         ("linear", [0, 0.25, 0.5, 1]),
         ("cubic", [0, 0.578125, 0.875, 1]),  # 1 - (3/4)^3, 1 - (1/2)^3
+        ("cosine", [0, (1 - 0.5**0.5) / 2, 0.5, 1]),
+        ("geometric", [0, 0.5 / 0.9375, 0.75 / 0.9375, 1]),  # of 1 - 1/16: 1 - (1/16)^(1/4), 1 - (1/16)^(1/2)
     ],
 )
 def test_share_of_the_final_sparsity(name: str, values: list[float]):
-    assert [schedules.schedule(name)(t) for t in (0.0, 0.25, 0.5, 1.0)] == values
+    sparsities = [schedules.schedule(name)(t, 0.9375) for t in (0.0, 0.25, 0.5, 1.0)]
+    assert sparsities == pytest.approx([0.9375 * value for value in values], rel=1e-12)
+
+
+def test_when_a_ramp_is_updated():
+    ramp = schedules.Ramp(2, 9, 3, "linear")
+    assert [ramp.last_update(step) for step in (1, 2, 4, 5, 8, 9, 12)] == [
+        None,
+        (2, 0.0),
+        (2, 0.0),
+        (5, 3 / 7),
+        (8, 6 / 7),
+        (9, 1.0),
+        (9, 1.0),
+    ]
+    assert ramp.updates == len({ramp.last_update(step) for step in range(2, 20)})
+    assert schedules.Ramp(4, 4, 1, "constant").updates == 1
 
 
 def test_an_unknown_schedule_is_refused_with_those_that_are():

@@ -125,6 +125,24 @@ CASES: dict[str, Case] = {
         ],
         [2, 5, 8],
     ),
+    "straight through, movement and a lottery ticket": Case(
+        lambda: [
+            PruneMask(0.5, scope="stem.weight", regrow="ste", start="1 steps", end="9 steps", every="2 steps"),
+            PruneMask(
+                0.6, score="movement", scope="blocks.0.lin.weight", start="2 steps", end="11 steps", every="3 steps"
+            ),
+            PruneMask(
+                {"blocks.1": 0.7},
+                schedule="geometric",
+                rewind="1 steps",
+                start="3 steps",
+                end="12 steps",
+                every="4 steps",
+            ),
+        ],
+        [2, 4, 7, 10],
+        {"dropout": 0.1, "scheduled": True},
+    ),
     "lottery": Case(lottery, [4, 7, 8, 9, 12], {"norm": "batch", "dropout": 0.1}),
     "gradient mask": Case(lambda: [GradientMask(0.5, scope=["*", "!head"]), *phases()], [3, 6], {"dropout": 0.1}),
     "plain loader, between epochs": Case(all_together, [4, 8], {"dropout": 0.2}, data={"plain": True}),
@@ -141,6 +159,7 @@ TWO = [
     "accumulation",
     "plateau, checkpoints after validation",
     "lottery",
+    "straight through, movement and a lottery ticket",
 ]
 
 

@@ -71,7 +71,7 @@ def test_exactly_that_many_entries_are_zero_at_every_step(
     precision: str, sparsity: float, schedule: str, start: int, end: int, every: int
 ):
     when = {"start": f"{start} steps", "end": f"{end} steps", "every": f"{every} steps"}
-    pruner = PruneMask(sparsity, scope=SCOPE, schedule=schedule, **when)
+    pruner = PruneMask(sparsity, scope=SCOPE, schedule=schedule, allow_whole_layers=True, **when)
     watch = Watch(pruner)
     fit(Task(make_net()), [pruner, watch], make_batches(STEPS), Setting(precision))
     assert watch.zeros == zeros_by_hand(sparsity, schedule, start, end, every)
@@ -84,7 +84,8 @@ def test_ties_are_broken_by_position():
     with torch.no_grad():
         for name in ("few.weight", "most.weight"):
             net.get_parameter(name).fill_(-0.5)
-    pruner = PruneMask(0.75, scope=["net.few.weight", "net.most.weight"], schedule="constant", start="0 steps")
+    scope = ["net.few.weight", "net.most.weight"]
+    pruner = PruneMask(0.75, scope=scope, schedule="constant", start="0 steps", allow_whole_layers=True)
     fit(Task(net), [pruner], make_batches(2))
     masks = pruner.masks
     assert masks["net.few.weight"].view(-1).tolist() == [True] * 128 + [False] * 128

@@ -22,6 +22,7 @@ class Context:
         batches: Called to get the training batches, fewer or more as the selection says.
         seed: Seed of the selection.
         reference: Weights to compare with (at the start of training), by parameter name.
+        movement: Sum of ``-g * w`` over the optimizer steps so far, by parameter name, where it was kept.
         sampled_loss: As ``loss``, but against labels drawn from the model's own predictions, with torch's global random
             state (which is seeded before each call and put back after it).
     """
@@ -34,10 +35,12 @@ class Context:
         seed: int = 0,
         reference: Mapping[str, Tensor] | None = None,
         sampled_loss: Loss | None = None,
+        movement: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.seed = model, seed
         self._loss, self._batches, self._reference = loss, batches, reference
         self._sampled_loss, self._draws = sampled_loss, 0
+        self.movement = movement
         self.used_data = False
 
     @property

@@ -117,11 +117,15 @@ def taylor(params: Mapping[str, Tensor], context: Context) -> Scores:
 
 @criterion("movement")
 def movement(params: Mapping[str, Tensor], context: Context) -> Scores:
-    """``-g * w``: high where a step of gradient descent moves the entry away from zero.
+    """The sum of ``-g * w`` over the optimizer steps so far: high where training has moved the entry away from zero.
 
-    Source: Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (2020), section 4, with the sum over steps
-    taken over batches at the weights as they are.
+    Before the first step, and without a training that keeps the sum, it is the mean over batches at the weights as they are.
+    PruneMask, a later phase and ``refresh`` have the sum, of what was in scope and trained.
+
+    Source: Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (2020), equation (3).
     """
+    if context.movement is not None and all(name in context.movement for name in params):
+        return {name: context.movement[name] for name in params}
     mean = _mean(params, context, torch.neg)
     return {name: value.mul_(params[name].detach()) for name, value in mean.items()}
 

@@ -117,6 +117,16 @@ def may_need_reference(score: str | Criterion) -> bool:
     return is_own(score) or _defined(get(score))[0] == f"{__package__}.training"
 
 
+def accumulates(score: str | Criterion) -> bool:
+    """Whether a criterion goes by a sum over the steps of training, which has to be kept."""
+    return _defined(get(score)) == _defined(CRITERIA["movement"])
+
+
+def from_weights(score: str | Criterion) -> bool:
+    """Whether a criterion of this package looks at the weights alone, so that it can be tried before training."""
+    return _defined(get(score))[0] == f"{__package__}.weights"
+
+
 def is_own(score: str | Criterion) -> bool:
     """Whether a criterion is a user's own, which may look at anything, gradients that are there already too."""
     return not _defined(get(score))[0].startswith(f"{__package__}.")

@@ -1,0 +1,230 @@
+"""What PruneMask does beside holding zeros: sums over steps, lottery tickets, budgets by pattern, refusals, its record."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from mask_nets import Net, Watch, fit, loader, weights
+from torch import Tensor
+
+from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+
+SCOPE = [f"blocks.{i}.lin.weight" for i in (0, 1)]
+
+
+def sgd(module: Any) -> Any:
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("engine", ["compact", "dense"])
+def test_movement_is_summed_over_the_steps_of_training(engine: str) -> None:
+    """By hand: plain SGD with the masks that were seen, the sum of -g * w of each step, the lowest sums pruned."""
+    net, watch, seen = Net(make=sgd), Watch(), []
+
+    class Masks(Watch):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append({n: m.clone() for n, m in pruner.masks.items()})
+
+    steps = {"start": "3 steps", "end": "12 steps", "every": "3 steps"}
+    pruner = PruneMask(0.6, score="movement", scope=SCOPE, schedule="linear", engine=engine, **steps)
+    fit(net, pruner, watch, Masks(), max_epochs=2)
+    plain = Net()
+    named = dict(plain.named_parameters())
+    sums = {n: torch.zeros_like(named[n]) for n in SCOPE}
+    alive = {n: torch.ones_like(named[n], dtype=torch.bool) for n in SCOPE}
+    batches = [*loader(), *loader()]
+    for step, batch in enumerate(batches):
+        plain.zero_grad()
+        plain.loss(batch).backward()
+        if 3 <= step <= 12 and (step - 3) % 3 == 0:
+            zeros = math.floor(0.6 * (step - 3) / 9 * 288 + 0.5)
+            worth = torch.cat([sums[n].masked_fill(~alive[n], -math.inf).view(-1) for n in SCOPE])
+            kept = torch.zeros(288, dtype=torch.bool)
+            kept[worth.sort(descending=True, stable=True).indices[: 288 - zeros]] = True
+            alive = {n: m.view(12, 12) for n, m in zip(SCOPE, kept.split(144), strict=True)}
+        with torch.no_grad():
+            for n in SCOPE:
+                named[n].masked_fill_(~alive[n], 0)
+                named[n].grad.masked_fill_(~alive[n], 0)  # type: ignore[union-attr]
+                sums[n] -= named[n].grad * named[n]  # type: ignore[operator]
+            for p in named.values():
+                p -= 0.1 * p.grad  # type: ignore[operator]
+        assert all(torch.equal(seen[step][n], alive[n]) for n in SCOPE), step
+    assert sum(int((~m).sum()) for m in alive.values()) == math.floor(0.6 * 288 + 0.5)
+
+
+def test_a_later_phase_selects_by_the_movement_of_the_earlier_one() -> None:
+    net, watch = Net(make=sgd), Watch()
+    phases = [Phase("5 steps"), Phase(score="movement", scope=SCOPE, density=30)]
+    fit(net, PhaseUnfreeze(phases), watch)
+    plain, sums = Net(), {n: torch.zeros(12, 12) for n in SCOPE}
+    optimizer = sgd(plain)
+    for batch in list(loader())[:5]:
+        optimizer.zero_grad()
+        plain.loss(batch).backward()
+        for n in SCOPE:
+            p = plain.get_parameter(n)
+            sums[n] -= p.grad * p.detach()  # type: ignore[operator]
+        optimizer.step()
+    best = torch.cat([sums[n].view(-1) for n in SCOPE]).topk(30).indices
+    for n, first in zip(SCOPE, (0, 144), strict=True):
+        chosen = torch.zeros(288, dtype=torch.bool).index_fill(0, best, True)[first : first + 144].view(12, 12)
+        same = watch.weights[5][n] == watch.weights[-1][n]
+        assert bool(same[~chosen].all())
+        assert not bool(same[chosen].all())
+
+
+@pytest.mark.parametrize("rewind_lr", [True, False])
+def test_a_lottery_ticket_returns_to_the_weights_and_the_rate_of_its_step(rewind_lr: bool) -> None:
+    def make(module: Any) -> Any:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    net, watch = Net(make=make), Watch()
+    pruner = PruneMask(
+        0.75, scope=SCOPE, schedule="geometric", start="2 steps", end="12 steps", every="5 steps", rewind="2 steps",
+        rewind_lr=rewind_lr,
+    )  # fmt: skip
+    fit(net, pruner, watch)
+    assert [row["step"] for row in pruner.history] == [7, 12]
+    zeros = [round(row["sparsity"] * 288) for row in pruner.history]
+    assert zeros == [math.floor((1 - 0.25**0.5) * 288 + 0.5), math.floor(0.75 * 288 + 0.5)]
+    early = watch.weights[2]
+    for step in (8, 13):  # Watch keeps the weights before they go back; the step after starts from them
+        rates = [r[0] for r in watch.rates]
+        assert rates[step] == pytest.approx(0.02 * 0.9 ** (2 if rewind_lr else step), rel=1e-12)
+    rewound: list[dict[str, Tensor]] = []
+
+    class Look(Watch):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            rewound.append(weights(pl_module))
+
+    again = Net(make=make)
+    pruner = PruneMask(
+        0.75, scope=SCOPE, schedule="geometric", start="2 steps", end="12 steps", every="5 steps", rewind="2 steps",
+        rewind_lr=rewind_lr,
+    )  # fmt: skip
+    fit(again, pruner, Look())
+    for name, value in rewound[13].items():
+        mask = pruner.masks.get(name, torch.ones_like(value, dtype=torch.bool))
+        assert torch.equal(value, torch.where(mask, early[name], torch.zeros_like(value))), name
+
+
+def test_each_pattern_has_a_sparsity_of_its_own_at_every_step() -> None:
+    net, zeros = Net(), []
+
+    class Count(Watch):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            zeros.append([int((pl_module.get_parameter(n) == 0).sum()) for n in [*SCOPE, "stem.weight"]])
+
+    steps = {"start": "0 steps", "end": "10 steps", "every": "2 steps", "schedule": "cosine"}
+    fit(net, PruneMask({"blocks.0": 0.9, "blocks.*": 0.25}, **steps), Count())
+    for step, counted in enumerate(zeros):
+        t = min(step - step % 2, 10) / 10
+        share = (1 - math.cos(math.pi * t)) / 2
+        assert counted == [math.floor(s * share * 144 + 0.5) for s in (0.9, 0.25)] + [0], step
+
+
+def test_what_is_held_is_pruned_when_asked() -> None:
+    before = weights(Net())
+    net = Net()
+    freeze = FreezeMask(["head", "blocks.1.lin.bias"], score="random", density=0.1, scope=SCOPE)
+    fit(net, freeze, PruneMask(0.8, scope=SCOPE, start="2 steps", end="6 steps", prune_held=True))
+    assert sum(int((net.get_parameter(n) == 0).sum()) for n in SCOPE) == math.floor(0.8 * 288 + 0.5)
+    for name in SCOPE:
+        now = net.get_parameter(name).detach()
+        still = ~freeze.masks[name] & (now != 0)
+        assert torch.equal(now[still], before[name][still])
+        assert bool(still.any())
+
+
+def small_layer(net: Net) -> Net:
+    with torch.no_grad():
+        net.blocks[0].lin.weight.mul_(1e-3)
+    return net
+
+
+def test_a_layer_that_would_be_pruned_whole_is_refused_before_training_with_a_way_out() -> None:
+    net, watch = small_layer(Net()), Watch()
+    with pytest.raises(
+        ValueError, match=r"would prune all of blocks\.0\.lin\.weight.* 0\.49\d\d is about the most"
+    ) as e:
+        fit(net, PruneMask(0.7, scope=SCOPE), watch)
+    assert len(watch.weights) == 0
+    most = float(str(e.value).split(" is about the most")[0].rsplit(" ", 1)[1])
+    assert most == pytest.approx(143 / 288, abs=2e-3)  # all but one entry of the smaller layer
+    fit(small_layer(Net()), PruneMask(most - 2e-3, scope=SCOPE, schedule="constant"))
+    whole = small_layer(Net())
+    fit(whole, PruneMask(0.7, scope=SCOPE, schedule="constant", allow_whole_layers=True))
+    assert not bool(whole.blocks[0].lin.weight.any())
+
+
+def test_a_layer_that_training_made_small_is_refused_when_its_update_is_due() -> None:
+    class Shrinks(Watch):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            small_layer(pl_module)
+
+    with pytest.raises(ValueError, match=r"would prune all of blocks\.0\.lin\.weight"):
+        fit(Net(), PruneMask(0.7, scope=SCOPE, start="4 steps", schedule="constant"), Shrinks())
+
+
+def test_the_record_and_the_logger_tell_the_sparsity_of_each_layer(tmp_path: Path) -> None:
+    pruner = PruneMask(0.5, scope=SCOPE, start="0 steps", end="8 steps", every="4 steps", schedule="linear")
+    net = Net()
+    run = fit(net, pruner, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    assert [row["step"] for row in pruner.history] == [4, 8]
+    for row in pruner.history:
+        mean = sum(row["layers"].values()) / 2
+        assert row["sparsity"] == pytest.approx(mean) == pytest.approx(round(0.5 * row["step"] / 8 * 288) / 288)
+    last = pruner.history[-1]["layers"]
+    assert last == {n: float((net.get_parameter(n) == 0).sum()) / 144 for n in SCOPE}
+    lines = (Path(run.logger.log_dir) / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("mask/sparsity/blocks.0.lin.weight")
+    logged = [float(v) for line in lines[1:] if (v := line.split(",")[column])]
+    assert logged == pytest.approx([row["layers"][SCOPE[0]] for row in pruner.history])
+
+
+def test_the_cost_is_told_before_training(capsys: Any, caplog: Any) -> None:
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    fit(Net(), PruneMask(0.5, score="taylor", scope=SCOPE, start="0 steps", end="8 steps", every="4 steps", batches=2))
+    line = next(r.getMessage() for r in caplog.records if "are to be zero" in r.getMessage())
+    assert "144 of 288 entries in scope (50.00%)" in line
+    assert "from step 8 on, in 3 updates" in line
+    assert "up to 6 batches, 37.5% of the run's own steps" in line
+    assert "0.6 kB instead of 1.2 kB" in line
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: PruneMask({}), "names nothing"),
+        (lambda: PruneMask({"blocks": "2:4"}), "'2:4' of the pattern 'blocks' must be a share"),
+        (lambda: PruneMask({"blocks": 1.5}), r"sparsity=1.5 must be a share"),
+        (lambda: PruneMask(0.5, regrow="ste", rewind="0%"), "rewind throws them away"),
+        (lambda: PruneMask(0.5, regrow="random", prune_held=True), "leave regrow or prune_held out"),
+        (lambda: PruneMask("2:4", regrow="gradient"), "leave structure out, and regrow too"),
+        (lambda: PruneMask(0.5, regrow="straight"), "'ste' .straight-through. or None"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused_at_once(make: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("pruners", "says"),
+    [
+        (
+            [PruneMask({"blocks": 0.5, "blocks.0": 0.2}, scope=SCOPE)],
+            "'blocks.0' names no tensor in scope that an earlier",
+        ),
+        ([PruneMask(0.5, scope=SCOPE, regrow="ste"), PruneMask(0.2, scope=SCOPE[:1])], "is in scope of two PruneMasks"),
+    ],
+)
+def test_scopes_that_do_not_go_together_are_refused_before_training(pruners: list[Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        fit(Net(), *pruners)
