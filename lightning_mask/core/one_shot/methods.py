@@ -110,17 +110,19 @@ def obs(rows: Tensor, gram: Tensor, quota: Quota, settings: Settings) -> tuple[T
     step = max(settings.block_size // together, 1) * together
     for start in range(0, width, step):
         stop = min(start + step, width)
-        part, errors = rows[:, :, start:stop], torch.zeros_like(rows[:, :, start:stop])
+        part = rows[:, :, start:stop].transpose(1, 2).contiguous()  # a column is a line, which is what is worked on
+        errors = torch.zeros_like(part)
         at_once = together if quota.n_of_m is not None else stop - start
-        for j in range(start, stop):
-            if (j - start) % at_once == 0:
-                now = slice(j, j + at_once)
-                cost = (rows[:, :, now] / costs[:, None, now]).square().masked_fill(dead[:, None, now], 0.0)
-                mask[:, :, now] = quota.best(cost, j)
-            error = (rows[:, :, j] / costs[:, None, j]).masked_fill(mask[:, :, j], 0.0)
-            part[:, :, j - start :].sub_(error[:, :, None] * upper[:, None, j, j:stop])
-            errors[:, :, j - start] = error
-        rows[:, :, stop:].sub_(errors @ upper[:, start:stop, stop:])
+        for j in range(stop - start):
+            column = start + j
+            if j % at_once == 0:
+                now = slice(column, column + at_once)
+                cost = (part[:, j : j + at_once] / costs[:, now, None]).square().masked_fill(dead[:, now, None], 0.0)
+                mask[:, :, now] = quota.best(cost.transpose(1, 2), column)
+            errors[:, j] = (part[:, j] / costs[:, column, None]).masked_fill(mask[:, :, column], 0.0)
+            part[:, j:].baddbmm_(upper[:, column, column:stop, None], errors[:, j, None], alpha=-1)
+        rows[:, :, start:stop] = part.transpose(1, 2)
+        rows[:, :, stop:].baddbmm_(errors.transpose(1, 2), upper[:, start:stop, stop:], alpha=-1)
     return rows.masked_fill(~mask, 0.0), mask
 
 
