@@ -162,11 +162,29 @@ def save_physical(small: nn.Module, model: nn.Module, folder: PathLike) -> None:
         folder: Appears whole or not at all; an old one is replaced.
 
     Raises:
+        ValueError: If the folder is there and holds something else.
         OSError: If the folder cannot be written to.
         RuntimeError: If what was written does not load equal.
     """
+    check_replaceable(folder)
     with whole_folder(folder) as temporary:
         write_physical(small, model, temporary)
+
+
+def check_replaceable(folder: PathLike) -> None:
+    """Refuse to replace what is neither an empty folder nor one of :func:`save_physical`.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    folder = Path(folder)
+    ours = folder / "model.json"
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _FORMAT in _text(ours))):
+        raise ValueError(f"{str(folder)!r} is there and holds something else: give another folder.")
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def write_physical(small: nn.Module, model: nn.Module, folder: Path) -> None:

@@ -6,8 +6,9 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from lightning_mask.export.files import PathLike, whole_file
 from lightning_mask.export.physical import apart
 
 
-class Inputs(NamedTuple):
+@dataclass(frozen=True)
+class Inputs:
     """Real inputs of a network: what it is called with. As a function of a module, it runs that on them.
 
     Attributes:
@@ -25,8 +27,8 @@ class Inputs(NamedTuple):
         kwargs: Arguments by name.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module) -> Any:
         """Run a module on these inputs."""
