@@ -25,6 +25,7 @@ from lightning_mask.app.checks import check_complete
 from lightning_mask.app.summary import relative
 from lightning_mask.app.train import _model, _quieten, config_path
 from lightning_mask.core.channels import evaluating
+from lightning_mask.core.files import whole_folder
 from lightning_mask.core.maskset import MaskSet
 from lightning_mask.export import (
     Inputs,
@@ -40,7 +41,7 @@ from lightning_mask.export import (
     save_sparse,
     shrink,
 )
-from lightning_mask.export.files import entries, state_bytes, whole_folder
+from lightning_mask.export.files import entries, state_bytes
 from lightning_mask.export.physical import apart, check_replaceable, evaluate, write_physical
 from lightning_mask.export.program import require_onnx
 from lightning_mask.export.semi_structured import require_cuda

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import platform
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lightning_mask
+from lightning_mask.core.files import whole_file
 
 
 def summarise(
@@ -60,17 +59,9 @@ def summarise(
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all; figures that are not finite become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(_finite(content), file, indent=2, allow_nan=False, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    text = json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False)
+    with whole_file(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

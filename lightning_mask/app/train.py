@@ -23,6 +23,7 @@ from lightning_mask.app import errors
 from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint
 from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
+from lightning_mask.app.sparsity import write_sparsity
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PhaseUnfreeze, PruneMask, RunReport
 from lightning_mask.callbacks.phase import write_phases
@@ -110,6 +111,7 @@ def _run(
         report = next((c for c in callbacks if isinstance(c, RunReport)), None)
         facts = report.results() if report is not None else {}
         _keep_phases(cfg, callbacks, trainer)
+        _keep_sparsity(cfg, callbacks, trainer)
         _keep(
             cfg, model, trainer, metrics=metrics, mask=facts, seconds=seconds
         )  # a test that fails must not take it along
@@ -152,6 +154,15 @@ def _keep_phases(cfg: DictConfig, callbacks: list[Callback], trainer: Trainer) -
     for callback in callbacks:
         if isinstance(callback, PhaseUnfreeze) and trainer.is_global_zero and not cfg.trainer.fast_dev_run:
             write_phases(callback.phases, Path(cfg.paths.output_dir) / "phases.yaml")
+
+
+def _keep_sparsity(cfg: DictConfig, callbacks: list[Callback], trainer: Trainer) -> None:
+    """Write the sparsity of each layer over time into the run's folder."""
+    pruners = [c for c in callbacks if isinstance(c, PruneMask) and c.history]
+    if trainer.is_global_zero and not cfg.trainer.fast_dev_run:
+        for number, pruner in enumerate(pruners):
+            name = f"sparsity-{number}" if len(pruners) > 1 else "sparsity"
+            write_sparsity(pruner.history, trainer.global_step, Path(cfg.paths.output_dir) / name)
 
 
 def _check(cfg: DictConfig) -> None:

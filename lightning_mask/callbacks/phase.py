@@ -16,6 +16,7 @@ from lightning_mask.callbacks.freeze import (
     parse_refresh,
 )
 from lightning_mask.core.engine import check_engine
+from lightning_mask.core.files import whole_file
 from lightning_mask.core.maskset import MaskSet
 from lightning_mask.core.patterns import repeated_blocks
 from lightning_mask.core.schedules import Moment, Plateau, parse_until
@@ -164,8 +165,6 @@ def write_phases(phases: Sequence[Phase], path: Path, writes: bool = True) -> No
     A phase's ``MaskSet`` is written beside it, as ``<stem>.<number of the phase>.safetensors``. A rank that ``writes`` not
     takes part all the same where such a mask is dealt out over the ranks.
     """
-    if writes:
-        path.parent.mkdir(parents=True, exist_ok=True)
     given = [phase.to_dict() for phase in phases]
     for i, phase in enumerate(phases):
         mask = phase.selection.mask
@@ -175,9 +174,8 @@ def write_phases(phases: Sequence[Phase], path: Path, writes: bool = True) -> No
             given[i]["mask"] = str(file)
     if not writes:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(yaml.safe_dump(given, sort_keys=False))
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(given, sort_keys=False))
 
 
 def read_phases(path: str | os.PathLike[str]) -> list[Any]:

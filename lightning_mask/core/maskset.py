@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_mask.core import sharding
+from lightning_mask.core.files import whole_file
 
 _FORMAT = "lightning-mask 1"
 
@@ -147,15 +148,11 @@ class MaskSet(Mapping[str, Tensor]):
             "recipe": json.dumps(self.recipe),
         }
         together = any(sharding.is_sharded(mask) for mask in self.values())
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             if not together or dist.get_rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(bits, temporary, metadata=metadata)
-                os.replace(temporary, path)
+                with whole_file(path) as temporary:
+                    save_file(bits, temporary, metadata=metadata)
         finally:
-            temporary.unlink(missing_ok=True)
             if together:
                 dist.barrier()  # on every rank the file is there when this returns
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from lightning_mask.core.files import whole_file
 
 Example = tuple[dict[str, Tensor], int]
 
@@ -159,15 +159,8 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(save(tensors))
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole_file(path) as temporary:
+            temporary.write_bytes(save(tensors))
     except OSError as error:
         warnings.warn(
             f"The tokens could not be kept in {path.parent} ({error}); the next run makes them anew.", stacklevel=4

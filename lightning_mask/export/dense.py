@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from lightning_mask.export.files import PathLike, distinct, whole_file
+from lightning_mask.core.files import PathLike, whole_file
+from lightning_mask.export.files import distinct
 
 
 def save_dense(model: nn.Module, path: PathLike) -> None:

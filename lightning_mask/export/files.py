@@ -1,45 +1,8 @@
-"""Files and folders that appear whole or not at all, and the tensors of a model that belong into them."""
+"""The tensors of a model that belong into a file."""
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 from torch import Tensor, nn
-
-PathLike = str | os.PathLike[str]
-
-
-@contextmanager
-def whole_file(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; what was written there is renamed to ``path`` when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_folder(path: PathLike) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path`` that takes its place when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

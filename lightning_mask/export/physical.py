@@ -23,7 +23,8 @@ from lightning_mask.core.channels import (
     inputs,
     outputs,
 )
-from lightning_mask.export.files import PathLike, distinct, whole_file, whole_folder
+from lightning_mask.core.files import PathLike, whole_file, whole_folder
+from lightning_mask.export.files import distinct
 
 _FORMAT = "lightning-mask physical 1"
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -281,13 +282,12 @@ def _cut_channels(model: nn.Module, forward: Forward, cuts: Cuts) -> None:
         for layer, part in channels.readers.items():
             at = part.of(gone)
             cuts.add(cuts.ins, layer, at)
-            constant = seen[layer][0][at] if layer in seen else torch.zeros(0)
-            if len(at) and bool((constant != 0).any()):
-                weight, _ = inputs(model.get_submodule(layer))
-                if weight.dim() == 2:
-                    columns = weight.detach()[:, at]
-                    constant = torch.where(_zeros(columns, 1), 0.0, constant)  # whatever came in there, nothing went on
-                    cuts.shifts[layer] = cuts.shifts.get(layer, 0.0) + columns.double() @ constant.double()
+            weight, _ = inputs(model.get_submodule(layer))
+            if len(at) and layer in seen and weight.dim() == 2:
+                columns, constant = weight.detach()[:, at].double(), seen[layer][0][at].double()
+                came = torch.where(_zeros(columns, 1), 0.0, constant)  # where columns are zero, nothing went on
+                if bool(came.any()):
+                    cuts.shifts[layer] = cuts.shifts.get(layer, 0.0) + columns @ came
 
 
 def _shared(model: nn.Module) -> set[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mask.core.channels import evaluating, flat
-from lightning_mask.export.files import PathLike, whole_file
+from lightning_mask.core.files import PathLike, whole_file
 from lightning_mask.export.physical import apart
 
 

@@ -6,7 +6,7 @@ import json
 import torch
 from torch import nn
 
-from lightning_mask.export.files import PathLike
+from lightning_mask.core.files import PathLike
 from lightning_mask.export.sparse import load_sparse, read_sparse, save_sparse
 
 _ROWS, _COLUMNS = 32, 64

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mask.export.files import PathLike, distinct, whole_file
+from lightning_mask.core.files import PathLike, whole_file
+from lightning_mask.export.files import distinct
 
 _FORMAT = "lightning-mask sparse 1"
 _VALUES, _BITS, _WHOLE = "values:", "bits:", "whole:"

@@ -4,9 +4,7 @@ In the order of the work: ``statistics`` (rows, differences and rankings), ``mas
 common), ``tables`` and ``pictures``; :func:`report` writes all of it.
 """
 
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from lightning_mask.app.comparison.statistics import (
     summarise,
 )
 from lightning_mask.app.comparison.tables import as_csv, as_markdown, markdown_table, overlap_csv
+from lightning_mask.core.files import whole_file
 
 __all__ = [
     "BASELINES",
@@ -87,19 +86,22 @@ def report(results: Sequence[Mapping[str, Any]], folder: Path, baselines: Sequen
     table = folder / "table.md"
     _write(folder / "table.csv", as_csv(rows, baselines))
     _write(table, as_markdown(rows, baselines, ()))
-    _draw(folder / "quality.png", lambda path: pictures.quality(rows, baselines, path))
+    with whole_file(folder / "quality.png") as temporary:
+        pictures.quality(rows, baselines, temporary)
     drawn = ["quality.png"]
     masks = Masks()
     overlaps = overlap(rows, masks)
     shares = where(rows, masks)
     if shares:
-        _draw(folder / "where.png", lambda path: pictures.where(shares, path))
+        with whole_file(folder / "where.png") as temporary:
+            pictures.where(shares, temporary)
         drawn.append("where.png")
     else:
         (folder / "where.png").unlink(missing_ok=True)
     if overlaps:
         _write(folder / "overlap.csv", overlap_csv(overlaps))
-        _draw(folder / "overlap.png", lambda path: pictures.overlap(overlaps, path))
+        with whole_file(folder / "overlap.png") as temporary:
+            pictures.overlap(overlaps, temporary)
         drawn.append("overlap.png")
     else:
         for name in ("overlap.csv", "overlap.png"):
@@ -124,16 +126,5 @@ def require_tools() -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    _draw(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _draw(path: Path, draw: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        draw(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
