@@ -184,17 +184,17 @@ def cells(cfg: DictConfig, folder: Path) -> list[Cell]:
     made = []
     for index, density in enumerate(cfg.densities):
         for name, strategy in cfg.strategies.items():
-            takes, tuned = strategy.share is None, strategy.get("tuned", True)
+            takes, tuned = _takes(strategy), strategy.get("tuned", True)
             if not takes and index:
                 continue
             for task_name, task in cfg.tasks.items():
                 words = [*cfg.overrides, *task.overrides, *strategy.overrides]
                 words += [f"trainer.max_steps={cfg.steps}", f"trainer.val_check_interval={cfg.steps}"]
                 if takes:
-                    words.append(f"mask.density={density!r}")
+                    words.append(takes.format(density=f"{density!r}", sparsity=f"{1 - density:.10g}"))
                 if cfg.paths.cache_dir is not None:
                     words.append(f"paths.cache_dir='{cfg.paths.cache_dir}'")
-                share = float(density if takes else strategy.share)
+                share = float(density if strategy.share is None else strategy.share)
                 made.append(
                     Cell(
                         task=str(task_name),
@@ -211,6 +211,12 @@ def cells(cfg: DictConfig, folder: Path) -> list[Cell]:
                     )
                 )
     return made
+
+
+def _takes(strategy: DictConfig) -> str | None:
+    """The word that gives a strategy its density; None: it takes none."""
+    word: str | None = strategy.get("takes", "mask.density={density}" if strategy.share is None else None)
+    return word
 
 
 def compare(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
@@ -377,6 +383,12 @@ def check(cfg: DictConfig) -> None:
         if strategy.share is not None and not 0 < strategy.share <= 1:
             raise ValueError(
                 f"strategies.{name}.share={strategy.share} must be in (0, 1], or null where it takes a density."
+            )
+        word = _takes(strategy)
+        if word is not None and ("{density}" in word) + ("{sparsity}" in word) != 1:
+            raise ValueError(
+                f"strategies.{name}.takes={word!r} must be a word with {{density}} or {{sparsity}} in it, e.g. "
+                "mask.sparsity={sparsity}."
             )
     for density in cfg.densities:
         if not isinstance(density, float) or not 0 < density <= 1:

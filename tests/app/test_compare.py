@@ -162,6 +162,7 @@ def test_what_cannot_be_compared_is_refused(config: Config) -> None:
         (["baselines=[heads]"], "no strategy 'heads'"),
         (["strategies.head.share=0.0"], "strategies.head.share"),
         (["~strategies.head.share"], "lacks share"),
+        (["+strategies.head.takes=mask.sparsity"], "strategies.head.takes='mask.sparsity' must be a word with"),
         (["tasks={}"], "tasks is empty"),
     ]:
         cfg = config(*(w for w in words if w != "tasks={}"))
@@ -172,7 +173,7 @@ def test_what_cannot_be_compared_is_refused(config: Config) -> None:
             check(cfg)
 
 
-@pytest.mark.parametrize("experiment", ["compare_text", "compare_image", "compare_smoke"])
+@pytest.mark.parametrize("experiment", ["compare_text", "compare_image", "compare_pruning", "compare_smoke"])
 def test_every_cell_of_an_experiment_composes(experiment: str, config: Config, tmp_path: Path) -> None:
     cfg = config(experiment=experiment)
     check(cfg)
@@ -181,4 +182,6 @@ def test_every_cell_of_an_experiment_composes(experiment: str, config: Config, t
             made = compose("train", overrides=cell.trial(cell.start, 0, tuning=False).words)
         assert made.trainer.max_steps == cfg.steps
         assert made.optimizer.lr == rate(cell.start)
-        assert cell.density is None or made.mask.density == cell.density
+        if cell.density is not None:
+            taken = 1 - made.mask.sparsity if "sparsity" in made.mask else made.mask.density
+            assert taken == pytest.approx(cell.density, rel=1e-9)

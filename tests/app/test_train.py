@@ -224,6 +224,7 @@ def test_each_strategy_runs_and_holds(overrides: list[str], active: float | None
         (["mask=prune_gradual", "mask.sparsity=0.9"], 0.9),
         (["mask=prune_magnitude", "mask.sparsity=0.5"], 0.5),
         (["mask=prune_random", "mask.sparsity=0.25"], 0.25),
+        (["mask=rigl", "mask.sparsity=0.5", "mask.every='1 steps'"], 0.5),
         (["mask=prune_magnitude", "mask.sparsity='2:4'", "mask.scope=[net.layers.1,'!type:BatchNorm2d']"], 0.5),
     ],
 )
@@ -243,6 +244,12 @@ def test_pruning_ends_at_the_exact_sparsity_and_tests_the_pruned_weights(
     assert zeros == sum(int((~mask).sum()) for mask in pruned.values())
     assert summary["mask"]["sparsity"] == pytest.approx(sparsity, abs=1e-3)
     assert summary["tested"].startswith("last")
+    with (Path(cfg.paths.output_dir) / "sparsity.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = {row["tensor"]: float(row["sparsity"]) for row in rows if row["step"] == rows[-1]["step"]}
+    assert last.pop("") == pytest.approx(summary["mask"]["sparsity"], abs=1e-6)
+    assert last == {name: pytest.approx(1 - float(masks[name].float().mean()), abs=1e-6) for name in last}
+    assert (Path(cfg.paths.output_dir) / "sparsity.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_phases_of_a_run_can_be_given_back(config: Config, tmp_path: Path) -> None:
