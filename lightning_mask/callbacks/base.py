@@ -78,6 +78,9 @@ class MaskCallback(Callback):
     def check(self, session: Session) -> None:
         """Refuse bad input before training."""
 
+    def prepare(self, session: Session) -> None:
+        """Do what needs the training data, before anything else when training starts."""
+
     def measure(self, run: Run) -> None:
         """Turn moments into steps, and refuse those that this run does not have."""
 

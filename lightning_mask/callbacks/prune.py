@@ -51,7 +51,9 @@ class PruneMask(MaskCallback):
         scope: Patterns; default: the weights of Linear and convolution layers and attention projections; not embeddings,
             norms, biases, or the output head.
         structure: What is pruned as one unit: ``"entry"``, ``"row"``, ``"column"``, ``"head"``, ``"block:RxC"``,
-            ``"tensor"``, ``"layer"``, as in ``FreezeMask``.
+            ``"tensor"``, ``"layer"``, as in ``FreezeMask``; or ``"channel"``: an output unit of a Linear or convolution layer
+            with all that is coupled to it through residual connections, biases and BatchNorms, so that it can be removed
+            (needs the package torch-pruning, ``lightning-mask[export]``).
         allocation: How zeros are shared among tensors: ``"global"``, ``"uniform"``, ``"erk"``, ``"row"``.
         schedule: Sparsity between ``start`` and ``end``: ``"constant"`` (all at once at ``start``), ``"linear"``,
             ``"cubic"`` (Zhu and Gupta 2017), ``"cosine"``, ``"geometric"`` (the same share of what is alive each time).
@@ -132,6 +134,7 @@ class PruneMask(MaskCallback):
         self.history: list[dict[str, Any]] = []
         self._ramp = Ramp(0, 0, 1, schedule)
         self._parts: list[tuple[list[str], float]] = []
+        self._units: str | structures.Structure = structure
         self._last: list[float] = []
         self._updated = -1
         self._rewind = Rewind(rewind_lr)
@@ -209,6 +212,13 @@ class PruneMask(MaskCallback):
                 )
         if not self.prune_held:
             check_reach(session, self._parts, "uniform" if self.n_of_m is not None else self.allocation)
+
+    def prepare(self, session: Session) -> None:
+        """Find the model's channels, where these are what is pruned."""
+        if self.structure == "channel":
+            from lightning_mask.callbacks.channels import coupled  # which needs torch-pruning
+
+            self._units, self._parts = coupled(session, self._scope_parts(session), self.scope is not None)
 
     def check_phases(self, session: Session) -> None:
         """Refuse a ramp that rises while a phase holds too much."""
@@ -309,7 +319,7 @@ class PruneMask(MaskCallback):
         if self.n_of_m is not None:
             return n_of_m(scores, *self.n_of_m, transposed=transposed_weights(session.module))
         budgets = [(n, Budget(s, removed=True)) for (n, _), s in zip(self._parts, sparsities, strict=True)]
-        return choose(scores, budgets, self.structure, self.allocation, session.module)
+        return choose(scores, budgets, self._units, self.allocation, session.module)
 
     def _constrained(self, score: Tensor, parameter: Tensor, free: Tensor, alive: Tensor) -> Tensor:
         """Scores under which what is pruned stays pruned (and can be regrown), and what is held and not zero stays."""
@@ -390,7 +400,7 @@ class PruneMask(MaskCallback):
                 check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], transposed.get(name, 0))
             if not parameters[name].is_floating_point():
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
-        if self.n_of_m is None:
+        if self.n_of_m is None and self.structure != "channel":
             shapes = {n: tuple(parameters[n].shape) for names, _ in parts for n in names if parameters[n].numel()}
             with _named():
                 budgets = [(names, Budget(sparsity, removed=True)) for names, sparsity in parts]

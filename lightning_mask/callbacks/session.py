@@ -204,6 +204,7 @@ class Session:
         sharding.reshard(self.module)
         for member in self.members:
             member.take_part(self.module)
+            member.prepare(self)
             member.measure(run)
         for pruner in self.pruners:
             pruner.check_phases(self)

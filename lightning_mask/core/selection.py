@@ -308,7 +308,7 @@ def select(
 def choose(
     scores: Mapping[str, Tensor],
     budgets: Budgets,
-    structure: str,
+    structure: str | structures.Structure,
     allocation_name: str,
     model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
@@ -356,7 +356,7 @@ def _kept(
 def share_out(
     shapes: Shapes,
     budgets: Budgets,
-    structure: str,
+    structure: str | structures.Structure,
     allocation_name: str,
     model: nn.Module | None = None,
     transposed: Mapping[str, int] | None = None,
@@ -400,7 +400,7 @@ def share_out(
 
 
 def _transposed(
-    names: Collection[str], structure: str, allocation_name: str, model: nn.Module | None
+    names: Collection[str], structure: str | structures.Structure, allocation_name: str, model: nn.Module | None
 ) -> dict[str, int]:
     """Which tensors lie as ``(in, out, ...)``, and in how many groups; none where it makes no difference."""
     if model is None or not structures.tells_sides(structure, allocation_name):

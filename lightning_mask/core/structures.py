@@ -180,6 +180,13 @@ def _refuse_headless(name: str, known: list[str]) -> NoReturn:
     )
 
 
+def _channels(shapes: Shapes, model: nn.Module | None) -> list[Group]:
+    raise ValueError(
+        "structure='channel' is read from a forward pass on a batch, which PruneMask makes; elsewhere choose 'row', or pass "
+        "what lightning_mask.core.channels.channel_groups finds."
+    )
+
+
 def _required(model: nn.Module | None, structure: str) -> nn.Module:
     if model is None:
         raise ValueError(f"structure={structure!r} is read from the model; pass the model too.")
@@ -316,13 +323,16 @@ STRUCTURES: dict[str, Structure] = {
     "tensor": _each(lambda shape: Tiles(shape, ())),
     "head": _head_groups,
     "layer": _layers,
+    "channel": _channels,
 }
 
 _OF_THE_MODEL = ("head", "layer")
 
 
-def tells_sides(structure: str, allocation: str) -> bool:
+def tells_sides(structure: "str | Structure", allocation: str) -> bool:
     """Whether a structure or an allocation tells the output units of a weight from its input units by their dimensions."""
+    if not isinstance(structure, str):
+        return allocation == "row"
     return structure in ("row", "column") or structure.startswith("block:") or allocation == "row"
 
 
@@ -336,14 +346,16 @@ def facing(groups: Sequence[Group], transposed: Mapping[str, int]) -> list[Group
     return [{name: replace(tiles, turned=transposed.get(name, 0)) for name, tiles in group.items()} for group in groups]
 
 
-def get(name: str) -> Structure:
-    """Return the structure of that name; ``block:RxC`` is one of R x C blocks.
+def get(name: str | Structure) -> Structure:
+    """Return the structure of that name, or the structure itself; ``block:RxC`` is one of R x C blocks.
 
     Raises:
         ValueError: If there is none.
     """
     if isinstance(name, str) and (match := re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", name)):
         return _block(int(match[1]), int(match[2]))
+    if not isinstance(name, str):
+        return name
     if name not in STRUCTURES:
         known = sorted((*STRUCTURES, "block:RxC (e.g. block:4x4)"))
         raise ValueError(f"structure={name!r} is unknown; there are {', '.join(known)}.")

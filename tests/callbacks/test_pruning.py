@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from mask_nets import Net, Watch, fit, loader, weights
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
 
@@ -228,3 +228,63 @@ def test_arguments_that_do_not_go_together_are_refused_at_once(make: Any, says: 
 def test_scopes_that_do_not_go_together_are_refused_before_training(pruners: list[Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fit(Net(), *pruners)
+
+
+class Residual(Net):
+    """Two convolutions that are added, so that their channels are one, with BatchNorms; a third reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            del self.head  # the output comes last
+            self.stem = nn.Conv2d(1, 6, 3, padding=1, bias=False)  # type: ignore[assignment]
+            self.norm = nn.BatchNorm2d(6)
+            self.inner, self.outer = nn.Conv2d(6, 10, 3, padding=1), nn.Conv2d(10, 6, 3, padding=1)
+            self.blocks = nn.ModuleList()
+            self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x.view(-1, 1, 2, 4)))
+        x = torch.relu(x + self.outer(torch.relu(self.inner(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_channels_that_are_coupled_are_pruned_together() -> None:
+    net = Residual()
+    pruner = PruneMask(0.5, structure="channel", score="taylor", batches=2, schedule="constant", start="2 steps")
+    fit(net, pruner, max_epochs=1)
+    masks = pruner.masks
+    assert set(masks) == {
+        "stem.weight",
+        "norm.weight",
+        "norm.bias",
+        "inner.weight",
+        "inner.bias",
+        "outer.weight",
+        "outer.bias",
+    }
+    shared = [masks[n].flatten(1).any(1) for n in ("stem.weight", "outer.weight")]
+    assert torch.equal(shared[0], shared[1])
+    assert torch.equal(shared[0], masks["norm.weight"])
+    assert torch.equal(shared[0], masks["outer.bias"])
+    assert torch.equal(masks["inner.bias"], masks["inner.weight"].flatten(1).any(1))
+    for name, mask in masks.items():
+        assert not bool(net.get_parameter(name)[~mask].any())
+        if mask.dim() > 1:
+            assert torch.equal(mask, mask.flatten(1).any(1).view(-1, *[1] * (mask.dim() - 1)).expand(mask.shape))
+    zeros = masks.numel() - masks.count()
+    assert abs(zeros - 0.5 * masks.numel()) <= 54 + 12  # as near as whole channels come
+    x = torch.randn(3, 8)
+    net.eval()
+    features = net.norm(net.stem(x.view(-1, 1, 2, 4)))
+    assert not bool(features[:, ~shared[0]].any()), "a pruned channel is zero behind its BatchNorm"
+
+
+def test_a_layer_without_channels_is_refused_by_name_with_the_reason() -> None:
+    with pytest.raises(
+        ValueError, match=r"stem\.weight has no channels to prune: its channels are those of outer\.weight"
+    ):
+        fit(Residual(), PruneMask(0.5, structure="channel", scope=["stem.weight", "inner.weight"]))
+    with pytest.raises(ValueError, match=r"structure='channel' is read from a forward pass"):
+        fit(Net(), FreezeMask(score="magnitude", density=0.5, structure="channel"))
