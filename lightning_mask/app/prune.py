@@ -17,7 +17,7 @@ from typing import Any
 import hydra
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -53,26 +53,29 @@ def prune(cfg: DictConfig) -> dict[str, float]:
     """
     started = time.time()
     _quieten()
-    check_complete(cfg)
-    check_types(cfg)
     recipe = _recipe(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model = _model(cfg, data)
     if cfg.ckpt_path is not None:
         check_checkpoint(cfg.ckpt_path, model)
-        model.load_state_dict(WholeFiles().load_checkpoint(cfg.ckpt_path)["state_dict"])
+        there = WholeFiles().load_checkpoint(cfg.ckpt_path)["state_dict"]
+        model.load_state_dict(there, strict=model.strict_loading)
     trainer = _trainer(cfg, [])
     if trainer.world_size > 1:
         raise ValueError(
             f"Pruning without training runs in one process: trainer.devices={cfg.trainer.devices} is too many."
         )
-    recipe.quotas(model)  # refuses what cannot be pruned so before minutes go into evaluation
+    quotas = recipe.quotas(model)  # refuses what cannot be pruned so before minutes go into evaluation
 
     seconds: dict[str, float] = {}
     before = _evaluate(cfg, model, data, trainer, seconds, "before")
     since = time.time()
-    pruned = _prune(cfg, recipe, model, data, trainer)
+    model.to(trainer.strategy.root_device)  # an evaluation leaves it on the CPU
+    batches = list(islice(_training_batches(model, data, trainer), cfg.batches))
+    rank_zero_info(f"pruning {len(quotas)} weights from {len(batches)} batches")
+    with trainer.precision_plugin.forward_context():
+        pruned = prune_model(recipe, model, partial(batch_loss, trainer, model), batches)
     seconds["prune"] = time.time() - since
     after = _evaluate(cfg, model, data, trainer, seconds, "after")
     seconds["all"] = time.time() - started
@@ -89,7 +92,7 @@ def prune(cfg: DictConfig) -> dict[str, float]:
         "pruned": pruned.masks.numel() - pruned.masks.count(),
         "scope": pruned.masks.numel(),
         **pruned.masks.recipe,
-        "batches": cfg.batches,
+        "batches": len(batches),
     }
     summary = summarise(cfg, metrics=after, mask=facts, seconds=seconds, tested="pruned", world_size=1)
     write_json(folder / "summary.json", {**summary, "before": before})
@@ -111,10 +114,16 @@ def write_layers(layers: Sequence[LayerReport], path: Path) -> None:
 
 
 def _recipe(cfg: DictConfig) -> OneShot:
-    names = ("method", "sparsity", "allocation", "scope", "allow_whole_layers", "damping", "block_size")
-    recipe = OneShot(**OmegaConf.to_container(OmegaConf.masked_copy(cfg, names)))  # type: ignore[arg-type]
+    """The recipe, and the checks of what stands beside it."""
+    check_complete(cfg)
+    check_types(cfg)
     check_batches(cfg.batches)
-    return recipe
+    if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool):
+        raise ValueError(f"seed={cfg.seed!r} must be a whole number: which batches the model is shown comes from it.")
+    if not cfg.val and not cfg.test:
+        raise ValueError("val=false and test=false would not show what pruning costs: leave one of them.")
+    names = ("method", "sparsity", "allocation", "scope", "allow_whole_layers", "damping", "block_size")
+    return OneShot(**OmegaConf.to_container(OmegaConf.masked_copy(cfg, names)))  # type: ignore[arg-type]
 
 
 def _evaluate(
@@ -134,15 +143,6 @@ def _evaluate(
             figures |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     seconds[when] = time.time() - since
     return figures
-
-
-def _prune(
-    cfg: DictConfig, recipe: OneShot, model: LightningModule, data: LightningDataModule, trainer: Trainer
-) -> Pruned:
-    model.to(trainer.strategy.root_device)  # an evaluation leaves it on the CPU
-    batches = list(islice(_training_batches(model, data, trainer), cfg.batches))
-    with trainer.precision_plugin.forward_context():
-        return prune_model(recipe, model, partial(batch_loss, trainer, model), batches)
 
 
 def _training_batches(model: LightningModule, data: LightningDataModule, trainer: Trainer) -> Iterator[Any]:
