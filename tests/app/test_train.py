@@ -221,9 +221,9 @@ def test_each_strategy_runs_and_holds(overrides: list[str], active: float | None
 @pytest.mark.parametrize(
     ("overrides", "sparsity"),
     [
-        (["mask=prune_gradual", "mask.sparsity=0.9"], 0.9),
+        (["mask=prune_gradual", "mask.sparsity=0.9", "mask.allocation=global"], 0.9),
         (["mask=prune_magnitude", "mask.sparsity=0.5"], 0.5),
-        (["mask=prune_random", "mask.sparsity=0.25"], 0.25),
+        (["mask=prune_random", "mask.sparsity=0.25", "mask.allocation=global"], 0.25),
         (["mask=rigl", "mask.sparsity=0.5", "mask.every='1 steps'"], 0.5),
         (["mask=prune_magnitude", "mask.sparsity='2:4'", "mask.scope=[net.layers.1,'!type:BatchNorm2d']"], 0.5),
     ],
