@@ -123,6 +123,9 @@ def progress(cell: Cell, results: Mapping[Path, Mapping[str, Any]]) -> Progress:
         ValueError: If a run did not log the metric.
     """
     known = Progress()
+    if cell.points == 1:  # nothing to choose from
+        known.rung = cell.start
+        return _runs(cell, known, results)
     tried = [cell.start + step for step in range(-(cell.points // 2), cell.points - cell.points // 2)]
     widened = 0
     while True:
@@ -139,12 +142,18 @@ def progress(cell: Cell, results: Mapping[Path, Mapping[str, Any]]) -> Progress:
             known.error = next((str(e) for t in trials if (e := results[t.folder]["error"])), "the loss was not finite")
             return known
         ends = {min(tried): min(tried) - 1, max(tried): max(tried) + 1}
-        if best not in ends or widened == cell.widen or cell.points == 1:
+        if best not in ends or widened == cell.widen:
             break
         tried.append(ends[best])
         widened += 1
     known.rung = best
-    runs = [cell.trial(best, seed, tuning=False) for seed in cell.seeds]
+    return _runs(cell, known, results)
+
+
+def _runs(cell: Cell, known: Progress, results: Mapping[Path, Mapping[str, Any]]) -> Progress:
+    """Add what is left to run at the rate that was chosen."""
+    assert known.rung is not None
+    runs = [cell.trial(known.rung, seed, tuning=False) for seed in cell.seeds]
     known.next = [trial for trial in runs if trial.folder not in results]
     known.left = len(known.next)
     return known
@@ -325,10 +334,10 @@ def write(wanted: Sequence[Cell], results: Mapping[Path, dict[str, Any]], folder
     rates: dict[str, dict[str, Any]] = {}
     for cell in wanted:
         known = progress(cell, results)
-        if known.scores:
+        if known.scores or known.rung is not None:
             found = {f"{rate(rung):g}": None if s == -math.inf else s for rung, s in sorted(known.scores.items())}
             best = None if known.rung is None else rate(known.rung)
-            at_end = known.rung is not None and cell.points > 1 and known.rung in (min(known.scores), max(known.scores))
+            at_end = bool(known.scores) and known.rung in (min(known.scores), max(known.scores))
             rates.setdefault(cell.task, {})[cell.name] = {"lr": best, "val_scores": found, "at_end_of_grid": at_end}
         head = {"task": cell.task, "strategy": cell.strategy, "density": cell.density, "metric": cell.metric}
         if known.error is not None:

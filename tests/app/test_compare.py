@@ -68,7 +68,7 @@ def test_a_comparison_from_start_to_report(config: Config, tmp_path: Path, capsy
 def test_a_budget_of_nothing_runs_nothing(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(config("budget=0"), tmp_path) == []
     assert stamps(tmp_path) == {}
-    assert "9 trials to run" in capsys.readouterr().out
+    assert "12 trials to run" in capsys.readouterr().out
 
 
 def test_a_trial_runs_again_when_its_config_or_its_result_is_another(tmp_path: Path) -> None:
