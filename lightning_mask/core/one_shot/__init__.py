@@ -141,7 +141,7 @@ def _prune_one(weight: Weight, square: Tensor, quota: Quota, recipe: OneShot) ->
         except ValueError as error:
             raise ValueError(f"{weight.name}: {error}") from None
         mask = weight.as_weight(alive)
-        weight.parameter.copy_(weight.as_weight(after)).masked_fill_(~mask, 0.0)
+        weight.parameter.copy_(weight.as_weight(after))
         relative = _relative(weight.rows() - before, before, square)
     seconds = time.perf_counter() - started
     return mask, LayerReport(weight.name, mask.numel(), int((~mask).sum()), relative, seconds)
