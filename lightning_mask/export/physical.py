@@ -67,7 +67,8 @@ def shrink(
     the Linear layer that reads it; a convolution, whose padding would show, has to be given zero. A head goes where its
     columns of the output projection, or its rows and bias of the value projection, are zero; where several query heads share
     a key and value head, as many go from each as all can spare, and those that can spare all go whole. At least one channel
-    and one head stay everywhere.
+    and one head stay everywhere. Only heads whose query, key, value and output projections are Linear layers of their own go:
+    fused ones, and those of ``torch.nn.MultiheadAttention``, stay.
 
     Args:
         model: The module; it is not changed.

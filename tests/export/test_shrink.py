@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mask.core import MaskSet, structures
 from lightning_mask.export import load_physical, save_physical, shrink
+from lightning_mask.tasks import EfficientNetLite0
 
 
 def entries(model: nn.Module) -> int:
@@ -45,6 +46,19 @@ def test_channels_of_a_residual_network_are_cut():
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     small.train()(x).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+
+
+def test_channels_of_depthwise_convolutions_are_cut():
+    torch.manual_seed(0)
+    model, x = scrambled(EfficientNetLite0(3, size=32, pretrained=False)), torch.randn(2, 3, 32, 32)
+    zero_channels(model, lambda net: net(x))
+    small = shrink(model, x)
+    assert close(out(small, x), out(model, x))
+    block = small.layers[2]
+    deep = block.depthwise
+    assert (deep.groups, deep.in_channels, deep.out_channels, block.depthwise_norm.num_features) == (72, 72, 72, 72)
+    assert (block.expand.in_channels, block.project.in_channels, block.project.out_channels) == (12, 72, 12)
+    assert entries(small) < 0.3 * entries(model)
 
 
 def test_heads_and_inner_channels_of_bert_are_cut():
