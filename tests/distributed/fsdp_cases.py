@@ -61,6 +61,12 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
     "rewind": lambda: [
         PruneMask(0.7, scope="blocks.1.lin.weight", rewind="2 steps", start="2 steps", end="8 steps", every="3 steps")
     ],
+    "behind": lambda: [
+        PruneMask(0.5, scope="blocks.0.lin.weight", regrow="ste", start="1 steps", end="9 steps", every="2 steps"),
+        PruneMask(
+            0.6, score="movement", scope="blocks.1.lin.weight", start="2 steps", end="11 steps", every="3 steps"
+        ),
+    ],
     "lottery": lambda: [
         PhaseUnfreeze([Phase("5 steps"), Phase(train="head", score="change", density=60, restart=True, lr_scale=0.5)])
     ],
@@ -680,7 +686,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     cases: dict[str, Callable[[], Any]] = {name: lambda n=name: plan(n) for name in PLANS}
     cases["accumulating"] = lambda: plan("magnitude", accumulate_grad_batches=2)
-    for i, name in enumerate(("phases", "all together", "random, drawn anew", "rewind", "lottery", "gradient mask")):
+    resumed = ("phases", "all together", "random, drawn anew", "rewind", "lottery", "gradient mask", "behind")
+    for i, name in enumerate(resumed):
         cases |= {
             f"{name}, {into}": lambda n=name, s=into == "folder", i=i: resume(n, folder / f"{i}{s}", s)
             for into in ("file", "folder")

@@ -52,7 +52,7 @@ def test_each_rank_holds_its_part_of_a_mask_and_no_more(ranks: list[dict[str, An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [*SAME_AS_DDP, "set", "rig", "ramp", "rewind", "accumulating"])
+@pytest.mark.parametrize("plan", [*SAME_AS_DDP, "set", "rig", "ramp", "rewind", "behind", "accumulating"])
 def test_shards_choose_the_masks_of_ddp_and_learn_the_same(ranks: list[dict[str, Any]], plan: str) -> None:
     for seen in case(ranks, plan):
         assert seen["masks as ddp"]
@@ -101,7 +101,7 @@ def test_optimizer_state_is_that_of_a_ranks_own_active_entries(ranks: list[dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("into", ["file", "folder"])
-@pytest.mark.parametrize("plan", ["phases", "all together", "random, drawn anew", "rewind", "lottery", "gradient mask"])
+@pytest.mark.parametrize("plan", ["phases", "all together", "random, drawn anew", "rewind", "lottery", "gradient mask", "behind"])
 def test_a_checkpoint_of_any_step_resumes_to_the_equal_result(
     ranks: list[dict[str, Any]], plan: str, into: str
 ) -> None:
