@@ -63,9 +63,7 @@ PLANS: dict[str, Callable[[], list[Any]]] = {
     ],
     "behind": lambda: [
         PruneMask(0.5, scope="blocks.0.lin.weight", regrow="ste", start="1 steps", end="9 steps", every="2 steps"),
-        PruneMask(
-            0.6, score="movement", scope="blocks.1.lin.weight", start="2 steps", end="11 steps", every="3 steps"
-        ),
+        PruneMask(0.6, score="movement", scope="blocks.1.lin.weight", start="2 steps", end="11 steps", every="3 steps"),
     ],
     "lottery": lambda: [
         PhaseUnfreeze([Phase("5 steps"), Phase(train="head", score="change", density=60, restart=True, lr_scale=0.5)])

@@ -101,7 +101,9 @@ def test_optimizer_state_is_that_of_a_ranks_own_active_entries(ranks: list[dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("into", ["file", "folder"])
-@pytest.mark.parametrize("plan", ["phases", "all together", "random, drawn anew", "rewind", "lottery", "gradient mask", "behind"])
+@pytest.mark.parametrize(
+    "plan", ["phases", "all together", "random, drawn anew", "rewind", "lottery", "gradient mask", "behind"]
+)
 def test_a_checkpoint_of_any_step_resumes_to_the_equal_result(
     ranks: list[dict[str, Any]], plan: str, into: str
 ) -> None:
