@@ -1,11 +1,14 @@
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 REPO = Path(__file__).resolve().parents[2]
@@ -16,6 +19,17 @@ GROUPS = {
     if folder.is_dir() and folder.name not in ("hydra", "local", "__pycache__")
 }
 TINY = ["experiment=smoke", "callbacks.progress.refresh_rate=0", "trainer.max_steps=4", "trainer.val_check_interval=2"]
+
+
+@pytest.fixture(autouse=True)
+def _no_command_line_is_left() -> Iterator[None]:
+    """Take back what a command line that ran in this process set for the process: Hydra's config, and its logging."""
+    yield
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    for logger in (logging.getLogger(), *logging.Logger.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture

@@ -412,7 +412,7 @@ def test_a_setting_that_fails_in_a_longer_trial_is_not_chosen() -> None:
         decisive([first[:1], [outcome("a", None)]])
 
 
-def test_what_the_held_out_examples_cannot_separate_is_decided_by_the_number_of_entries() -> None:
+def test_the_best_is_chosen_and_what_the_held_out_examples_cannot_separate_from_it_is_named() -> None:
     ways = ("val/loss", "min")
     weights = torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
 
@@ -426,14 +426,14 @@ def test_what_the_held_out_examples_cannot_separate_is_decided_by_the_number_of_
     # d = 0.4, -0.2, 0.1 with weights 1, 1, 2: mean 0.1; sum of (w (d - mean))^2 = 0.09 + 0.09 + 0
     assert difference(near, best) == pytest.approx((0.1, math.sqrt(3 / 2 * 0.18) / 4))
     chosen, reason = pick([far, near, best], *ways)
-    assert chosen is near
-    assert "no difference seen between best and near" in reason
-    assert "it trains the fewest entries (500)" in reason
+    assert chosen is best
+    assert "no difference seen from near, within one standard error of it" in reason
+    assert "near trains the fewest entries of these (500): mask.budget keeps to so many" in reason
     near.entries = 900
     chosen, reason = pick([far, near, best], *ways)
     assert chosen is best
-    assert "no difference seen" in reason
-    assert "none of them trains fewer entries than the best (900)" in reason
+    assert "no difference seen from near" in reason
+    assert "none of these trains fewer entries" in reason
     chosen, reason = pick([far, best], *ways)
     assert chosen is best
     assert "far follows 1.05 behind (standard error" in reason

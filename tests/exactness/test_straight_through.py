@@ -17,7 +17,12 @@ from lightning_mask.core.selection import n_of_m
 SCOPE = ["few.weight", "most.weight", "some.weight"]
 STEPS = 10
 START, END, EVERY = 2, 7, 2
-OPTIMIZERS = [c for c in optimizer_cases() if not any(word in c.name for word in ("LBFGS", "foreach", "maximize"))]
+OPTIMIZERS = [
+    c
+    for c in optimizer_cases()
+    if not any(word in c.name for word in ("LBFGS", "foreach", "maximize"))
+    and all(map(c.takes, make_net().parameters()))
+]
 
 
 def largest(dense: dict[str, Tensor], keep: int) -> dict[str, Tensor]:

@@ -3,9 +3,9 @@
 * Halving: all settings train for ``steps``; the best 1 / ``eta`` of them start again with ``eta`` times as many, and so on
   until one is left (Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016,
   algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018).
-* The choice: among the settings of the last round that two or more ran, those whose loss is within one standard error of the
-  best's cannot be told from it; of these the one that trains the fewest entries is taken (the one-standard-error rule,
-  Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3, with the error of the paired difference).
+* The choice: the best of the last round that two or more ran. What lies within one standard error of it, by the error of the
+  paired difference (as in the one-standard-error rule of Breiman et al., "Classification and Regression Trees", 1984, section
+  3.4.3), is named, with the fewest entries that would do: who wants few gives a budget.
 """
 
 import math
@@ -195,15 +195,17 @@ def pick(outcomes: Sequence[Outcome], monitor: str, mode: str) -> tuple[Outcome,
     best = ranked[0]
     others = [(o, *difference(o, best)) for o in ranked[1:]]
     like = [o for o, gap, error in others if error is not None and abs(gap) <= error]
-    smallest = min([best, *like], key=lambda o: o.entries if o.entries is not None else math.inf)
     what = f"{monitor} {best.score:.4g} after {best.steps} steps"
     if like:
-        names = listed([o.setting.name for o in [best, *like]])
-        why = f"no difference seen between {names}: {what} of {best.setting.name}, the others within one standard error of it"
+        smallest = min([best, *like], key=lambda o: o.entries if o.entries is not None else math.inf)
         fewest = (
-            "none of them trains fewer entries than the best" if smallest is best else "it trains the fewest entries"
+            "none of these trains fewer entries"
+            if smallest is best
+            else f"{smallest.setting.name} trains the fewest entries of these{_counted(smallest)}: mask.budget keeps to so many"
         )
-        return smallest, f"{smallest.setting.name}: {why}; {fewest}{_counted(smallest)}."
+        seen = listed([o.setting.name for o in like])
+        why = f"{best.setting.name}: the best {what}{_counted(best)}"
+        return best, f"{why}; no difference seen from {seen}, within one standard error of it; {fewest}."
     why = f"{best.setting.name}: the best {what}{_counted(best)}"
     if not others:
         return best, f"{why}; nothing else could be trained."
