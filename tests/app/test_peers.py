@@ -1,0 +1,46 @@
+"""What a comparison sets PruneMask beside prunes the same tensors to the same share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+
+from lightning_mask.app import train as application
+from lightning_mask.core.prunable import default_scope
+from tests.app.conftest import TINY
+
+WHERE = "+callbacks.peer._target_=lightning_mask.app.comparison.peers"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [f"{WHERE}.TorchPruning"],
+        [f"{WHERE}.LightningPruning", "trainer.limit_train_batches=2", "trainer.max_steps=8"],
+    ],
+    ids=["torch", "lightning"],
+)
+def test_a_peer_prunes_the_default_scope_to_the_share(
+    words: list[str], config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+    fit = Trainer.fit
+
+    def noted(trainer: Trainer, model: torch.nn.Module, *more: object, **named: object) -> None:
+        models.append(model)
+        fit(trainer, model, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "fit", noted)
+    cfg = config(*TINY, "mask=none", "logger=none", "test=false", *words, "+callbacks.peer.sparsity=0.75")
+    application.train(cfg)
+    (model,) = models
+    scope = default_scope(model)
+    assert len(scope) > 2
+    for name, parameter in model.named_parameters():
+        zeros = int((parameter == 0).sum())
+        if name in scope:
+            assert abs(zeros - 0.75 * parameter.numel()) <= 1, name
+        elif parameter.dim() > 1:
+            assert zeros == 0, name
