@@ -156,6 +156,7 @@ def step_ways() -> dict[str, Way]:
         "pruned: ours": Way(
             lambda _: [PruneMask(1 - DENSITY, score="random", scope=["*", "!head"], schedule="constant")]
         ),
+        "pruned to 90 %: ours": Way(lambda _: [PruneMask(0.9, allocation="uniform", schedule="constant")]),
         "as many entries: PEFT's SHiRA": Way(prepare=shira(RANK)),
         "as many entries: ours": Way(
             lambda m: [FreezeMask(train="head", score="random", scope=LINEARS, density=shira_entries(m, RANK))]
