@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_mask.callbacks.saving import save_last, validation_follows
 from lightning_mask.tasks.task import Task
 
 
@@ -33,7 +36,10 @@ class WholeFiles(TorchCheckpointIO):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(".checkpoint.tmp")
         try:
-            torch.save(checkpoint, temporary)
+            with temporary.open("wb") as opened:
+                torch.save(checkpoint, opened)
+                opened.flush()
+                os.fsync(opened.fileno())  # else a machine that goes down may leave the new name with nothing in it
             os.replace(temporary, file)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -76,7 +82,72 @@ def check_checkpoint(path: str | Path, model: LightningModule) -> None:
         )
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint of the most steps that a run can go on from; None where there is none.
+
+    One that is damaged is passed over, with a warning that names it; weights without a state of training, silently.
+
+    Args:
+        folder: Of the checkpoints; it need not exist.
+    """
+    found = []
+    for path in sorted(folder.glob("[!.]*.ckpt")):
+        try:
+            state = _state(path)
+        except FileNotFoundError:  # renamed meanwhile
+            continue
+        except (OSError, ValueError) as error:
+            _pass_over(path, error)
+            continue
+        if state.keys() >= {"loops", "global_step"}:
+            found.append((state["global_step"], path.name == "last.ckpt", path.stat().st_mtime, path))
+    for *_, path in sorted(found, reverse=True):
+        try:
+            _check_sums(path)
+        except (OSError, ValueError) as error:
+            _pass_over(path, error)
+        else:
+            return path
+    return None
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, without reading its tensors; of a strategy's folder, what is not dealt out.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if path.is_file():
+        return _read(path, "cpu", mmap=True)
+    parts = [path / ".metadata", *path.glob("*.distcp")]
+    if len(parts) < 2 or not all(part.is_file() and part.stat().st_size for part in parts):
+        raise ValueError("parts of the folder are missing, or empty.")
+    return _load(path / "meta.pt", "cpu")
+
+
+def _check_sums(path: Path) -> None:
+    """Refuse a checkpoint of which a byte was changed since it was written: torch does not look at the sums that it wrote."""
+    for file in [path] if path.is_file() else [path / "meta.pt"]:
+        try:
+            odd = zipfile.ZipFile(file).testzip()
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{error}.") from error
+        if odd is not None:
+            raise ValueError(f"{odd} in it is not what was written.")
+
+
+def _pass_over(path: Path, error: Exception) -> None:
+    rank_zero_warn(f"{path} cannot be gone on from and is passed over: {error}")
+
+
 def _read(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
+    content = _load(path, map_location, mmap)
+    if "state_dict" not in content:
+        raise ValueError(f"ckpt_path={path} is not a checkpoint of Lightning's: it has no state_dict.")
+    return content
+
+
+def _load(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError):
@@ -87,9 +158,7 @@ def _read(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict
             f"holds Python objects ({objects[1]}), which are not loaded" if objects else "is damaged, or no checkpoint"
         )
         raise ValueError(f"ckpt_path={path} {what}: give another one.") from error
-    if not isinstance(content, Mapping) or "state_dict" not in content:
-        raise ValueError(f"ckpt_path={path} is not a checkpoint of Lightning's: it has no state_dict.")
-    return dict(content)
+    return dict(content) if isinstance(content, Mapping) else {}
 
 
 def _shape(value: Any) -> str:
@@ -120,7 +189,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep ``last.ckpt``: written at every validation, every so many steps, and when training ends.
+    """Keep ``last.ckpt``, and the one before as ``previous.ckpt``: written at every validation, every so many steps, at the end.
 
     Lightning's ``save_last`` copies the last checkpoint *that was kept*: while a metric does not improve, it stays behind.
 
@@ -142,10 +211,14 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every ``every_n_steps``, and at the run's last step: later Lightning counts its epoch as a whole one."""
+        """Save every ``every_n_steps``, and at the run's last step: later Lightning counts its epoch as a whole one.
+
+        Not where a validation follows, which a run that goes on from here would leave out, and which saves at its end.
+        """
         step = trainer.global_step
         due = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if step != self._saved and (due or step == trainer.max_steps or trainer.should_stop):
+        due = due or step == trainer.max_steps or trainer.should_stop
+        if due and step != self._saved and not validation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,4 +234,4 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._saved = trainer.global_step
-            trainer.save_checkpoint(self.path, weights_only=False)
+            save_last(trainer, self.path)

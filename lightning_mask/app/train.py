@@ -20,12 +20,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mask.app import errors
-from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint
+from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint, newest_checkpoint
 from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.sparsity import write_sparsity
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PhaseUnfreeze, PruneMask, RunReport
+from lightning_mask.callbacks.signals import listening
 from lightning_mask.callbacks.phase import write_phases
 
 # What Lightning says of every run of this kind, and nobody can act on.
@@ -52,6 +53,8 @@ _READS = {
     "ImageClassifier": "ImageData",
     "EfficientNetClassifier": "ImageData",
     "CausalLM": "LanguageData",
+NEWEST = ("auto", "last")
+"""Words for the newest usable checkpoint of the run's own folder."""
 }
 _FITTING = {
     "TextData": "model=minilm or model=hf",
@@ -178,9 +181,9 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError("train=false and test=false leave nothing to do.")
     if not cfg.train and cfg.ckpt_path is None:
         raise ValueError("train=false tests a checkpoint: give it with ckpt_path=...")
-    if _is_file(cfg.ckpt_path) and cfg.ckpt_path != "last" and not Path(cfg.ckpt_path).exists():
+    if _is_file(cfg.ckpt_path) and cfg.ckpt_path not in NEWEST and not Path(cfg.ckpt_path).exists():
         raise FileNotFoundError(
-            f"There is no checkpoint ckpt_path={cfg.ckpt_path}: give an existing one, or ckpt_path=last."
+            f"There is no checkpoint ckpt_path={cfg.ckpt_path}: give an existing one, or ckpt_path=auto."
         )
 
 
@@ -284,22 +287,25 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
 
 
 def _start(cfg: DictConfig, callbacks: list[Callback], model: LightningModule) -> str | None:
-    """Return the checkpoint to go on from, or to test; "last" is the newest of the run's own folder.
+    """Return the checkpoint to go on from, or to test; "auto", or "last": the newest usable one of the run's own folder.
 
     Raises:
-        FileNotFoundError: If there is none; a training run that says "last" then starts from the beginning.
+        FileNotFoundError: If there is none; a training run that says "auto" then starts from the beginning.
         ValueError: If it is not of this model.
     """
     path: str | None = cfg.ckpt_path
-    if path == "last":
+    if path in NEWEST:
         folder = Path(cfg.paths.output_dir) / "checkpoints"
-        last = next((c.path for c in callbacks if isinstance(c, LastCheckpoint)), folder / "last.ckpt")
-        if not last.exists():
-            if not cfg.train:
-                raise FileNotFoundError(f"ckpt_path=last: there is no {last}. Give the path of a checkpoint.")
-            rank_zero_info(f"no last.ckpt in {last.parent}: starting from the beginning")
+        folder = next((c.path.parent for c in callbacks if isinstance(c, LastCheckpoint)), folder)
+        newest = newest_checkpoint(folder)
+        if newest is None and not cfg.train:
+            raise FileNotFoundError(
+                f"ckpt_path={path}: there is no {folder / 'last.ckpt'}, nor another. Give the path of a checkpoint."
+            )
+        if newest is None:
+            rank_zero_info(f"no last.ckpt in {folder}: starting from the beginning")
             return None
-        path = str(last)
+        path = str(newest)
     if path is not None:
         if _is_file(path):
             check_checkpoint(path, model)
@@ -344,7 +350,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _job(cfg: DictConfig) -> float | None:
     """Run one job of the command line; a sweeper that searches gets the figure that it asked for."""
-    with errors.task(), one_job():
+    with errors.task(), one_job(), listening(_signals(cfg)):
         metrics = train(cfg)
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()  # else the next job of a sweep would go on with this one's run
@@ -354,6 +360,12 @@ def _job(cfg: DictConfig) -> float | None:
         if wanted not in metrics:
             raise ValueError(f"optimized_metric={wanted!r} was not logged; there are {', '.join(sorted(metrics))}.")
         return metrics[wanted]
+
+def _signals(cfg: DictConfig) -> list[str]:
+    """The signals that ask a run to stop: they are noted from now on, also while data and model are made."""
+    blocks = [block for block in (cfg.get("callbacks") or {}).values() if isinstance(block, DictConfig)]
+    return [name for b in blocks if str(b.get("_target_")).endswith(".Preemption") for name in b.get("signals", [])]
+
 
 
 def config_path() -> str:

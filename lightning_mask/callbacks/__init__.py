@@ -4,7 +4,8 @@ from lightning_mask.callbacks.freeze import FreezeMask
 from lightning_mask.callbacks.gradient import GradientMask
 from lightning_mask.callbacks.phase import Phase
 from lightning_mask.callbacks.phases import PhaseUnfreeze
+from lightning_mask.callbacks.preemption import Preempted, Preemption
 from lightning_mask.callbacks.prune import PruneMask
 from lightning_mask.callbacks.report import RunReport
 
-__all__ = ["FreezeMask", "GradientMask", "Phase", "PhaseUnfreeze", "PruneMask", "RunReport"]
+__all__ = ["FreezeMask", "GradientMask", "Phase", "PhaseUnfreeze", "Preempted", "Preemption", "PruneMask", "RunReport"]

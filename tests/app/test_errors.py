@@ -36,7 +36,7 @@ CASES = [
     (["data=tweets", "model=smollm2"], ["CausalLM does not go with TextData", "model=minilm"]),
     (["data=reviews_lm"], ["TextClassifier does not go with LanguageData", "model=smollm2"]),
     (["experiment=smollm2_reviews", "data.prompt=What?"], ["prompt must have {text} in it"]),
-    (["ckpt_path=/no/such.ckpt"], ["/no/such.ckpt", "ckpt_path=last"]),
+    (["ckpt_path=/no/such.ckpt"], ["/no/such.ckpt", "ckpt_path=auto"]),
     (["train=false"], ["ckpt_path="]),
     (
         ["model.pretrained=false", "data=csv", "data.source.path=rows.csv", "data.max_length=1024"],

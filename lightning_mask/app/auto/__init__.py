@@ -106,11 +106,11 @@ def _before(cfg: DictConfig) -> dict[str, Any] | None:
     path = cfg.ckpt_path
     if path is None:
         return None
-    folder = Path(cfg.paths.output_dir) if path == "last" else Path(path).parent.parent
+    folder = Path(cfg.paths.output_dir) if path in application.NEWEST else Path(path).parent.parent
     if (folder / _FILE).exists():
         record: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         return record
-    if path == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
+    if path in application.NEWEST and not list((folder / "checkpoints").glob("*.ckpt")):
         return None
     raise FileNotFoundError(
         f"ckpt_path={path} has no {folder / _FILE} that says what mask=auto chose: name the strategy with mask=..."

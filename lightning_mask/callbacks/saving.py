@@ -1,0 +1,66 @@
+"""The newest state of a run on disk: when a checkpoint can be taken from which the run goes on exactly, and how it is kept."""
+
+import os
+import shutil
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+_written: set[Path] = set()
+"""Files that this process has written, and so knows to be good."""
+
+
+def save_last(trainer: Trainer, path: Path) -> None:
+    """Write the state of training as a whole, a file or a strategy's folder; the one before stays as ``previous.ckpt``.
+
+    What another process left there is kept only if this run has gone on from it: it may be damaged, or of another run.
+
+    Args:
+        trainer: In training; all ranks call this.
+        path: Where to, on a local or shared file system.
+    """
+    new = path.with_name(f".new-{path.name}")
+    if trainer.is_global_zero:
+        _remove(new)
+    trainer.save_checkpoint(new, weights_only=False)
+    if trainer.is_global_zero:
+        if path.exists() and (path in _written or str(trainer.ckpt_path) == str(path)):
+            _put(path, path.with_name("previous.ckpt"))
+        _put(new, path)
+        _written.add(path)
+    trainer.strategy.barrier("the checkpoint has its name")
+
+
+def is_settled(trainer: Trainer) -> bool:
+    """Whether, when a training batch ends, a checkpoint holds all there is to know of the step.
+
+    It does not in the middle of an accumulation window, whose gradients are in no checkpoint; nor where a validation or the
+    end of the epoch follows, which a run that goes on from there would leave out.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    in_window = trainer.lightning_module.automatic_optimization and loop._should_accumulate()
+    return not (in_window or loop._num_ready_batches_reached() or validation_follows(trainer))
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether, when a training batch ends, a validation comes before the next one."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def _put(source: Path, target: Path) -> None:
+    """Rename; a folder that is there already is moved aside first, since a folder cannot be renamed over it."""
+    old = target.with_name(f".old-{target.name}")
+    if target.is_dir():
+        _remove(old)
+        os.replace(target, old)
+    os.replace(source, target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
