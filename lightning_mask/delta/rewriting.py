@@ -1,0 +1,154 @@
+"""Writing a checkpoint again, in its own form, with some tensors changed, added or left out."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mask.core.files import PathLike, whole_file, whole_folder
+from lightning_mask.delta.stream import Spec, raw, writing
+from lightning_mask.delta.weights import Folder, TensorsFile, TorchFile, Weights
+
+Values = Callable[[str], Tensor]
+
+
+def check_target(weights: Weights, out: PathLike) -> None:
+    """Refuse a target that would take something else's place.
+
+    Raises:
+        ValueError: If ``out`` is a folder that has other things in it, or is no folder where one is to be written.
+    """
+    out, folder = Path(out), isinstance(weights, Folder)
+    if folder and out.is_dir() and any(out.iterdir()) and out.resolve() != Path(weights.where).resolve():
+        raise ValueError(f"The folder {out} is not empty: give the name of a new one.")
+    if out.exists() and out.is_dir() != folder:
+        raise ValueError(
+            f"{out} is a {'file' if folder else 'folder'}, and {weights.where} is none: give another name."
+        )
+
+
+def write_like(
+    weights: Weights,
+    out: PathLike,
+    value: Values,
+    *,
+    changed: Collection[str],
+    added: Mapping[str, Spec],
+    dropped: Collection[str] = (),
+) -> None:
+    """Write a checkpoint to ``out`` in the form of ``weights``, whole or not at all.
+
+    Of safetensors one tensor at a time is in memory; a torch file is written from tensors that lie in a file of their own.
+
+    Args:
+        weights: What to write again, opened from a path; its further content (a trainer's state, a tokenizer) is taken along.
+        out: A file, or a folder where ``weights`` is one.
+        value: Gives the tensor of a name in ``changed`` or ``added``.
+        changed: Names of the tensors to write with other values; dtypes and shapes stay.
+        added: Names, dtypes and shapes of further tensors.
+        dropped: Names of the tensors to leave out.
+    """
+    if isinstance(weights, Folder):
+        with whole_folder(out) as temporary:
+            _write_folder(weights, temporary, value, changed, added, dropped)
+    else:
+        assert isinstance(weights, TensorsFile | TorchFile)
+        with whole_file(out) as file:
+            _write_file(weights, file, value, changed, added, dropped)
+
+
+def _write_folder(
+    weights: Folder,
+    out: Path,
+    value: Values,
+    changed: Collection[str],
+    added: Mapping[str, Spec],
+    dropped: Collection[str],
+) -> None:
+    ours = {weights.path / name for name in weights.parts}
+    shutil.copytree(
+        weights.path,
+        out,
+        dirs_exist_ok=True,
+        ignore=lambda folder, names: [name for name in names if Path(folder) / name in ours],
+    )
+    *_, last = weights.parts
+    for name, part in weights.parts.items():
+        _write_file(part, out / name, value, changed, added if name == last else {}, dropped)
+    if weights.index is not None:
+        index = dict(weights.index_content)
+        places = {n: f for n, f in index["weight_map"].items() if n not in dropped} | dict.fromkeys(added, last)
+        sizes = {n: s.size for n, s in weights.specs.items() if n not in dropped} | {
+            n: s.size for n, s in added.items()
+        }
+        index["weight_map"] = dict(sorted(places.items()))
+        index["metadata"] = {**index.get("metadata", {}), "total_size": sum(sizes.values())}
+        (out / weights.index).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(
+    part: TensorsFile | TorchFile,
+    out: Path,
+    value: Values,
+    changed: Collection[str],
+    added: Mapping[str, Spec],
+    dropped: Collection[str],
+) -> None:
+    if isinstance(part, TorchFile):
+        _write_torch(part, out, value, changed, added, dropped)
+        return
+    kept = {name: spec for name, spec in part.specs.items() if name not in dropped}
+    with writing(out, {**kept, **added}, part.metadata) as file:
+        for name in (*kept, *added):
+            file.write(name, value(name) if name in changed or name in added else part.read(name))
+
+
+def _write_torch(
+    part: TorchFile,
+    out: Path,
+    value: Values,
+    changed: Collection[str],
+    added: Mapping[str, Spec],
+    dropped: Collection[str],
+) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        made: dict[str, Tensor] = {}
+        for number, name in enumerate([n for n in part.specs if n in changed] + list(added)):
+            made[name] = _on_disk(value(name), Path(scratch) / str(number))
+        state: dict[str, Any] = {}
+        for name, old in part.state.items():
+            first = part.aliases.get(name, name)
+            if first not in dropped:
+                state[name] = made.get(first, old)
+        state |= {name: made[name] for name in added}
+        for name in changed:
+            if isinstance(part.state[name], torch.nn.Parameter):
+                state[name] = torch.nn.Parameter(state[name], part.state[name].requires_grad)
+        content = dict(part.content)
+        if part.state is part.content:
+            content = state
+        else:
+            content["state_dict"] = state
+        torch.save(content, out)
+
+
+def _on_disk(tensor: Tensor, path: Path) -> Tensor:
+    """Return an equal tensor whose storage is a file, which the system may put out of memory."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return tensor
+    path.write_bytes(raw(tensor))
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, _strides(tensor.shape))
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))[-len(shape) :] if shape else ()
