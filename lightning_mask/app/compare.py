@@ -1,4 +1,4 @@
-"""Compare ways of choosing a mask: `python scripts/compare.py experiment=compare_text`, or `compare(cfg)`.
+"""Compare ways of choosing a mask: `lightning-mask compare experiment=compare_text`, or `compare(cfg)`.
 
 Every strategy trains for the same number of steps on the same data, at a learning rate of its own, which is found on seeds
 that the comparison does not use.
@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_mask.app import comparison, errors
+from lightning_mask.app import comparison, errors, launch
 from lightning_mask.app.checks import check_complete
 from lightning_mask.app.summary import write_json
 from lightning_mask.app.train import config_path
@@ -437,9 +436,9 @@ def _job(cfg: DictConfig) -> None:
         compare(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
-def main() -> None:
-    """Run the command line."""
-    errors.run(hydra.main(version_base="1.3", config_path=config_path(), config_name="compare")(_job))
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line: Hydra's words, by default all that this process was started with."""
+    launch.run(_job, config_path(), "compare", words)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a wrong command line or a bad value looks like: one readable line and exit code 1."""
+"""What a wrong command line or a bad value looks like: one readable line and exit code 2."""
 
 import difflib
 import dis
+import errno
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ FULL = "HYDRA_FULL_ERROR"
 
 
 def run(application: Callable[[], object]) -> None:
-    """Run a Hydra application; a wrong command line ends it with one line and exit code 1.
+    """Run a Hydra application; a wrong command line ends it with one line and exit code 2.
 
     Hydra prints such errors itself, at length, unless it is told to raise them: it is told so until the task begins.
 
@@ -80,7 +81,7 @@ def _set(value: str | None) -> None:
 
 
 def stop(error: BaseException, way_out: str = "") -> NoReturn:
-    """Print one line about an error and leave with exit code 1.
+    """Print one line about an error and leave: with exit code 2, but 1 where it showed only while the program was at work.
 
     Other ranks than the first wait a little: where the first has the same to say, it ends them meanwhile.
     """
@@ -93,7 +94,8 @@ def stop(error: BaseException, way_out: str = "") -> NoReturn:
         file=sys.stderr,
         flush=True,
     )
-    sys.exit(1)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    sys.exit(1 if full or isinstance(error, RuntimeError) else 2)
 
 
 def explain(error: BaseException) -> str:

@@ -1,16 +1,15 @@
-"""Export a run's network: `python scripts/export.py run=<folder> format=physical`, or `export(cfg)`."""
+"""Export a run's network: `lightning-mask export run=<folder> format=physical`, or `export(cfg)`."""
 
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_mask.app import errors
+from lightning_mask.app import errors, launch
 from lightning_mask.app.checkpoints import WholeFiles, check_checkpoint
 from lightning_mask.app.checks import check_complete
 from lightning_mask.app.summary import relative
@@ -451,9 +450,9 @@ def _job(cfg: DictConfig) -> None:
         export(cfg)
 
 
-def main() -> None:
-    """Run the command line."""
-    errors.run(hydra.main(version_base="1.3", config_path=config_path(), config_name="export")(_job))
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line: Hydra's words, by default all that this process was started with."""
+    launch.run(_job, config_path(), "export", words)
 
 
 if __name__ == "__main__":

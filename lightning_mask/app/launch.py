@@ -1,23 +1,27 @@
-"""Several processes, one job: what Lightning's DDP launcher needs under Hydra, and the check that all ranks agree."""
+"""From a command line to jobs, of one process or several: what Lightning's DDP launcher needs under Hydra, and the check that
+all ranks agree."""
 
 import argparse
+import functools
 import hashlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Any
 
+import hydra
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lightning_mask.app.errors import is_about_input
+from lightning_mask.app import errors
 
 RUN = "LIGHTNING_MASK_RUN"
 _LAUNCHER_SETS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -32,6 +36,45 @@ _OF_THE_SWEEP = (
     "hydra/launcher",
     "hydra.launcher",
 )
+
+
+def run(
+    job: Callable[[DictConfig], Any], config_path: str, config_name: str, words: Sequence[str] | None = None
+) -> None:
+    """Run a Hydra application; bad input ends it as :mod:`lightning_mask.app.errors` says.
+
+    While Hydra reads its words, they are all of this process's command line, ``sys.argv``; in a job it is whole again, with
+    the subcommand that they followed, so that the ranks that Lightning starts with it are of the same program.
+
+    Args:
+        job: What is done with a composed config.
+        config_path: Folder or package of the configs.
+        config_name: Name of the root config.
+        words: Hydra's words; None: the whole command line.
+    """
+    command = sys.argv
+
+    @functools.wraps(job)
+    def with_whole_command(cfg: DictConfig) -> Any:
+        sys.argv = command
+        return job(cfg)
+
+    if words is not None:
+        sys.argv = [command[0], *words]
+    try:
+        errors.run(hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(with_whole_command))
+    finally:
+        sys.argv = command
+
+
+def subcommand(argv: Sequence[str]) -> list[str]:
+    """Return the words between the program and Hydra's, none of which is a name alone.
+
+    Example:
+        >>> subcommand(["lightning-mask", "train", "mask=head"]), subcommand(["train.py", "-m", "mask=head"])
+        (['train'], [])
+    """
+    return list(takewhile(str.isidentifier, argv[1:]))
 
 
 @contextmanager
@@ -74,7 +117,7 @@ def all_ranks_end(trainer: Trainer) -> Iterator[None]:
         started: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
         ranks = [process for process in started if isinstance(process, subprocess.Popen)]
         started.clear()  # else Lightning, which watches them, would end this process, too
-        until = time.monotonic() + (0 if is_about_input(error) else 5)
+        until = time.monotonic() + (0 if errors.is_about_input(error) else 5)
         for process in ranks:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, until - time.monotonic()))
@@ -93,8 +136,8 @@ def job_command(argv: Sequence[str], config_name: str, task: Sequence[str], hydr
         hydra: The sweep's overrides of Hydra itself; those about the sweep are left out.
 
     Example:
-        >>> job_command(["train.py", "-m", "seed=1,2", "hydra.verbose=true"], "train", ["seed=1"], ["hydra.verbose=true"])
-        ['train.py', '--config-name=train', 'seed=1', 'hydra.verbose=true', 'hydra.mode=RUN']
+        >>> job_command(["app", "train", "-m", "seed=1,2", "hydra.verbose=true"], "train", ["seed=1"], ["hydra.verbose=true"])
+        ['app', 'train', '--config-name=train', 'seed=1', 'hydra.verbose=true', 'hydra.mode=RUN']
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
@@ -102,7 +145,7 @@ def job_command(argv: Sequence[str], config_name: str, task: Sequence[str], hydr
     given, _ = parser.parse_known_args(list(argv[1:]))
     places = [f"--{name.replace('_', '-')}={value}" for name, value in vars(given).items() if value is not None]
     kept = [override for override in hydra if not override.lstrip("+~").startswith(_OF_THE_SWEEP)]
-    return [argv[0], f"--config-name={config_name}", *places, *task, *kept, "hydra.mode=RUN"]
+    return [argv[0], *subcommand(argv), f"--config-name={config_name}", *places, *task, *kept, "hydra.mode=RUN"]
 
 
 def agree_on_run() -> None:

@@ -1,4 +1,4 @@
-"""Prune without training: `python scripts/prune.py model=smollm2 data=reviews_lm method=obs sparsity=0.5`, or `prune(cfg)`.
+"""Prune without training: `lightning-mask prune model=smollm2 data=reviews_lm method=obs sparsity=0.5`, or `prune(cfg)`.
 
 A model is pruned in one shot from some training batches, and evaluated before and after.
 """
@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mask.app import errors
+from lightning_mask.app import errors, launch
 from lightning_mask.app.checkpoints import WholeFiles, check_checkpoint
 from lightning_mask.app.checks import check_complete, check_types
 from lightning_mask.app.summary import relative, summarise, write_json
@@ -195,9 +194,9 @@ def _job(cfg: DictConfig) -> None:
         prune(cfg)
 
 
-def main() -> None:
-    """Run the command line."""
-    errors.run(hydra.main(version_base="1.3", config_path=config_path(), config_name="prune")(_job))
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line: Hydra's words, by default all that this process was started with."""
+    launch.run(_job, config_path(), "prune", words)
 
 
 if __name__ == "__main__":

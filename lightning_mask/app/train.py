@@ -1,15 +1,14 @@
-"""Train by mask from a composed config: `lightning-mask-train`, `python -m lightning_mask.app.train`, or `train(cfg)`."""
+"""Train by mask from a composed config: `lightning-mask train`, `python -m lightning_mask.app.train`, or `train(cfg)`."""
 
 import logging
 import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -19,15 +18,15 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mask.app import errors
+from lightning_mask.app import errors, launch
 from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint, newest_checkpoint
 from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.sparsity import write_sparsity
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.callbacks import PhaseUnfreeze, PruneMask, RunReport
-from lightning_mask.callbacks.signals import listening
 from lightning_mask.callbacks.phase import write_phases
+from lightning_mask.callbacks.signals import listening
 
 # What Lightning says of every run of this kind, and nobody can act on.
 _CHATTER = (
@@ -53,9 +52,9 @@ _READS = {
     "ImageClassifier": "ImageData",
     "EfficientNetClassifier": "ImageData",
     "CausalLM": "LanguageData",
+}
 NEWEST = ("auto", "last")
 """Words for the newest usable checkpoint of the run's own folder."""
-}
 _FITTING = {
     "TextData": "model=minilm or model=hf",
     "ImageData": "model=resnet or model=efficientnet_lite0",
@@ -361,11 +360,11 @@ def _job(cfg: DictConfig) -> float | None:
             raise ValueError(f"optimized_metric={wanted!r} was not logged; there are {', '.join(sorted(metrics))}.")
         return metrics[wanted]
 
+
 def _signals(cfg: DictConfig) -> list[str]:
     """The signals that ask a run to stop: they are noted from now on, also while data and model are made."""
     blocks = [block for block in (cfg.get("callbacks") or {}).values() if isinstance(block, DictConfig)]
     return [name for b in blocks if str(b.get("_target_")).endswith(".Preemption") for name in b.get("signals", [])]
-
 
 
 def config_path() -> str:
@@ -379,10 +378,10 @@ def config_path() -> str:
     return "pkg://lightning_mask.conf"
 
 
-def main() -> None:
-    """Run the command line."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line: Hydra's words, by default all that this process was started with."""
     agree_on_run()
-    errors.run(hydra.main(version_base="1.3", config_path=config_path(), config_name="train")(_job))
+    launch.run(_job, config_path(), "train", words)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_mask.app import errors
 from lightning_mask.app import train as application
-from lightning_mask.app.launch import one_job
+from lightning_mask.app.launch import one_job, subcommand
 from lightning_mask.app.summary import write_json
 
 RESULT = "trial.json"
@@ -116,7 +116,7 @@ def do_trial(cfg: DictConfig) -> None:
     """Run the application inside a job of a launcher; leave ``trial.json``, whatever comes of it."""
     argv = sys.argv
     # Further processes of the run, which Lightning starts with this command line, are of the application.
-    sys.argv = [str(application.__file__), *argv[1:]]
+    sys.argv = [str(application.__file__), *argv[1 + len(subcommand(argv)) :]]
     try:
         run_quietly(cfg, Path(HydraConfig.get().runtime.output_dir))
     finally:

@@ -67,6 +67,7 @@ def test_the_command_of_one_job_of_a_sweep() -> None:
         "hydra.verbose=true",
         "hydra.mode=RUN",
     ]
+    assert job_command(["lightning-mask", "train", *argv[1:]], "train", [], [])[:2] == ["lightning-mask", "train"]
 
 
 def test_the_digest_is_of_the_job_and_not_of_the_paths() -> None:

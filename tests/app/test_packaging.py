@@ -49,9 +49,9 @@ def test_the_wheel_has_every_module(installed: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_trains_from_any_folder(installed: Path, tmp_path: Path) -> None:
-    code = "import sys, lightning_mask; print(lightning_mask.__file__); sys.argv[0] = 'lightning-mask-train'"
-    code += "; from lightning_mask.app.train import main; main()"
-    done = command(sys.executable, "-c", code, *TINY, cwd=tmp_path, PYTHONPATH=str(installed))
+    code = "import sys, lightning_mask; print(lightning_mask.__file__); sys.argv[0] = 'lightning-mask'"
+    code += "; from lightning_mask.app.cli import main; main()"
+    done = command(sys.executable, "-c", code, "train", *TINY, cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stdout
     assert done.stdout.startswith(str(installed))
     assert list((tmp_path / "logs/smoke/runs").glob("*/summary.json"))

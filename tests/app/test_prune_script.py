@@ -179,7 +179,7 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(
     with pytest.raises(SystemExit) as end:
         main()
     GlobalHydra.instance().clear()
-    assert end.value.code == 1
+    assert end.value.code == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     for word in words:
@@ -206,5 +206,5 @@ def test_the_help_says_what_to_type(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         main()
     GlobalHydra.instance().clear()
     said = capsys.readouterr().out
-    assert "python scripts/prune.py model=smollm2 data=reviews_lm method=obs sparsity=0.5" in said
+    assert "lightning-mask prune model=smollm2 data=reviews_lm method=obs sparsity=0.5" in said
     assert "damping: 0.01" in said
