@@ -30,7 +30,7 @@ def training_batches(trainer: Trainer, count: int) -> Iterator[Any]:
     fresh = CombinedLoader(_copy_loaders(loaders.iterables), loaders._mode)
     module = trainer.lightning_module
     count = int(min(count, trainer.num_training_batches))
-    with isolate_rng(), _keep_generators(loaders.flattened):
+    with isolate_rng(), keep_generators(loaders.flattened):
         for batch, _, _ in islice(iter(fresh), count):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -38,7 +38,7 @@ def training_batches(trainer: Trainer, count: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _keep_generators(loaders: list[Any]) -> Iterator[None]:
+def keep_generators(loaders: list[Any]) -> Iterator[None]:
     """Put back the generators that loaders, their samplers and batch samplers draw from."""
     parts = [
         part

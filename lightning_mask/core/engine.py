@@ -17,6 +17,7 @@ from lightning_mask.core.norms import HeldNorms
 from lightning_mask.core.optimizers import (
     RateFactors,
     begin_state,
+    innermost,
     moves_without_gradient,
     parameters_of,
     reset_all,
@@ -112,7 +113,8 @@ class MaskEngine:
         check_engine(engine)
         self._way, self._early, self._stored = engine, early, dict(stored or {})
         self.model, self._guard = model, guard
-        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        several = optimizers if isinstance(optimizers, Sequence) else [optimizers]
+        self.optimizers = [innermost(optimizer) for optimizer in several]
         self.masks = MaskSet({})
         reshard(model)
         self._aliases = aliases(model)

@@ -15,6 +15,14 @@ def parameters_of(optimizer: Optimizer) -> Iterable[Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"])
 
 
+def innermost(optimizer: Any) -> Optimizer:
+    """Return the optimizer inside of a wrapper that has no step hooks of its own, such as accelerate's."""
+    while "_optimizer_step_post_hooks" not in vars(optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    inner: Optimizer = optimizer
+    return inner
+
+
 def moves_without_gradient(optimizer: Optimizer) -> bool:
     """Whether ``step`` may change a parameter that has no gradient (LBFGS takes it as zeros and has directions)."""
     return isinstance(optimizer, torch.optim.LBFGS)
