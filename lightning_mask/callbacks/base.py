@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_mask.callbacks.packages import AnyCallback
 from lightning_mask.callbacks.session import Session
 from lightning_mask.callbacks.sharded import give_back, take_over
 from lightning_mask.core.engine import Row
@@ -25,7 +26,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-class MaskCallback(Callback):
+class MaskCallback(AnyCallback):
     """Base of the mask callbacks; the hooks are those of the session and run once for all of them."""
 
     engine: str = "auto"

@@ -28,6 +28,7 @@ from lightning_mask.callbacks import calibration, random_state
 from lightning_mask.callbacks.ddp import Reduction
 from lightning_mask.callbacks.engine_choice import choose_engine
 from lightning_mask.callbacks.optimizer_names import arrange
+from lightning_mask.callbacks.packages import twins
 from lightning_mask.callbacks.sharded import STORED, numbers_of, state_of, take_over
 from lightning_mask.core import sharding
 from lightning_mask.core.criteria import Context, named_seed
@@ -157,7 +158,7 @@ class Session:
         Raises:
             ValueError: One sentence that names the culprit and the way out.
         """
-        if isinstance(self.trainer.strategy, _REFUSED):
+        if isinstance(self.trainer.strategy, twins(*_REFUSED)):
             raise ValueError(
                 f"{type(self.trainer.strategy).__name__} flattens or hides the parameters, so masks cannot follow them; use "
                 "ModelParallelStrategy with fully_shard (FSDP2), or DDP."
@@ -346,7 +347,7 @@ class Session:
             checkpoint[STORED]["groups"] = [o.state_dict()["param_groups"] for o in self.trainer.optimizers]
             checkpoint[STORED]["numbers"] = numbers_of(self.engine)
             strategy = self.trainer.strategy
-            if self.closed and isinstance(strategy, ModelParallelStrategy):  # it has saved in its own way
+            if self.closed and isinstance(strategy, twins(ModelParallelStrategy)):  # it has saved in its own way
                 states = [state_of(self.engine, optimizer, strategy) for optimizer in self.trainer.optimizers]
                 checkpoint["optimizer_states"] = states
             return
@@ -376,7 +377,7 @@ class Session:
     @property
     def _averages(self) -> list[nn.Module]:
         """The modules in which weight averaging callbacks keep their averages."""
-        kinds = (StochasticWeightAveraging, WeightAveraging)
+        kinds = twins(StochasticWeightAveraging, WeightAveraging)
         kept = [c._average_model for c in self.trainer.callbacks if isinstance(c, kinds)]  # type: ignore[attr-defined]
         return [
             average.module if isinstance(average, AveragedModel) else average for average in kept if average is not None

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mask.callbacks.optimizer_names import arrange
+from lightning_mask.callbacks.packages import twins
 from lightning_mask.core.compact import Lines, Slots
 from lightning_mask.core.engine import MaskEngine
 from lightning_mask.core.maskset import MaskSet
@@ -46,7 +47,7 @@ def take_over(trainer: Trainer, module: LightningModule, engine: Callable[[], Ma
         engine: Called to get what holds the masks; None before it is made.
     """
     strategy, fits = trainer.strategy, trainer.state.fn == TrainerFn.FITTING
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not isinstance(strategy, twins(ModelParallelStrategy)):
         return
     give_back(strategy)
     save_weights, save_state, load = (getattr(strategy, method) for method in _METHODS)
@@ -59,7 +60,7 @@ def take_over(trainer: Trainer, module: LightningModule, engine: Callable[[], Ma
 
     def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
         holds = engine()
-        if isinstance(optimizer, LightningOptimizer):
+        if isinstance(optimizer, twins(LightningOptimizer)):
             optimizer = optimizer.optimizer
         if holds is None:
             return save_state(optimizer)
