@@ -38,6 +38,8 @@ from lightning_mask.delta.weights import TensorsFile
 FORMAT = "lightning-mask delta 1"
 FORMS = {"n": "none", "e": "entries", "d": "drawn", "r": "rows", "w": "whole", "a": "added"}
 DIGEST = 16
+LONG = 2**31
+"""A tensor of so many entries has indices of 64 bits."""
 _NO_HASH = "0" * 64
 _AT_ONCE = 1 << 22
 
@@ -71,7 +73,7 @@ class Item:
     @property
     def indices(self) -> str:
         """Name of the tensor in the file that has the indices."""
-        return "indices" if self.spec.numel < 2**31 else "indices.long"
+        return "indices" if self.spec.numel < LONG else "indices.long"
 
 
 class Part(NamedTuple):

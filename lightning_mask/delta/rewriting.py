@@ -1,5 +1,6 @@
 """Writing a checkpoint again, in its own form, with some tensors changed, added or left out."""
 
+import copy
 import json
 import shutil
 import tempfile
@@ -120,21 +121,15 @@ def _write_torch(
         made: dict[str, Tensor] = {}
         for number, name in enumerate([n for n in part.specs if n in changed] + list(added)):
             made[name] = _on_disk(value(name), Path(scratch) / str(number))
-        state: dict[str, Any] = {}
-        for name, old in part.state.items():
+        state: Any = copy.copy(part.state)  # with its _metadata, which says by what versions of modules it was made
+        for name in part.state:
             first = part.aliases.get(name, name)
-            if first not in dropped:
-                state[name] = made.get(first, old)
-        state |= {name: made[name] for name in added}
-        for name in changed:
-            if isinstance(part.state[name], torch.nn.Parameter):
-                state[name] = torch.nn.Parameter(state[name], part.state[name].requires_grad)
-        content = dict(part.content)
-        if part.state is part.content:
-            content = state
-        else:
-            content["state_dict"] = state
-        torch.save(content, out)
+            if first in dropped:
+                del state[name]
+            elif first in made:
+                state[name] = made[first]
+        state.update({name: made[name] for name in added})
+        torch.save(state if part.state is part.content else {**part.content, "state_dict": state}, out)
 
 
 def _on_disk(tensor: Tensor, path: Path) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_mask.core.files import PathLike
 from lightning_mask.core.maskset import MaskSet, indices
 from lightning_mask.core.sharding import whole
-from lightning_mask.delta.file import DIGEST, Item, Part, base_hash, draw, take, write_delta
+from lightning_mask.delta.file import DIGEST, LONG, Item, Part, base_hash, draw, take, write_delta
 from lightning_mask.delta.names import Names
 from lightning_mask.delta.stream import Spec, bits
 from lightning_mask.delta.weights import Source, Weights, digest, open_weights
@@ -139,7 +139,7 @@ def form_of(chosen: Tensor, spec: Spec, *, exact: bool) -> tuple[str, int]:
         rows = chosen.view(spec.shape[0], -1)
         if torch.equal(rows.any(1), rows.all(1)):
             return "r", int(rows[:, 0].count_nonzero())
-    width = 4 if spec.numel < 2**31 else 8
+    width = 4 if spec.numel < LONG else 8
     if not exact and count * (spec.dtype.itemsize + width) >= spec.size:
         return "w", count
     return "e", count
