@@ -347,11 +347,27 @@ def _two_to_four(cfg: DictConfig, run: Run, path: Path) -> Written:
     return written
 
 
+def _pretrained(cfg: DictConfig, run: Run, path: Path) -> Written:
+    from lightning_mask.data.pretrained import load_tokenizer
+    from lightning_mask.integrations.pretrained import check_pretrained, save_pretrained
+
+    check_pretrained(run.net, path)
+    name = getattr(run.data, "tokenizer", None)
+    back = save_pretrained(run.net, path, load_tokenizer(name) if isinstance(name, str) else None)
+    difference = apart(evaluate(run.net, run.inputs), evaluate(back, run.inputs))
+    if difference is not None:
+        raise RuntimeError(f"{path}: the outputs of the loaded model differ: {difference}.")
+    written = _written(run, path, back, f"{type(back).__name__}.from_pretrained(folder) loads it, without this package")
+    written.size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return written
+
+
 _FORMATS: dict[str, tuple[str, Callable[[DictConfig, Run, Path], Written]]] = {
     "dense": ("dense.safetensors", _dense),
     "sparse": ("sparse.safetensors", _sparse),
     "2to4": ("2to4.safetensors", _two_to_four),
     "physical": ("physical", _physical),
+    "hf": ("hf", _pretrained),
     "onnx": ("model.onnx", _onnx),
 }
 
