@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_mask.app import errors, launch
 from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint, newest_checkpoint
 from lightning_mask.app.checks import check_complete, check_types, check_used
+from lightning_mask.app.delta import RunDelta
 from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.sparsity import write_sparsity
 from lightning_mask.app.summary import print_summary, summarise, write_json
@@ -51,13 +52,15 @@ _READS = {
     "TextClassifier": "TextData",
     "ImageClassifier": "ImageData",
     "EfficientNetClassifier": "ImageData",
+    "HFImageClassifier": "ImageData",
+    "TimmClassifier": "ImageData",
     "CausalLM": "LanguageData",
 }
 NEWEST = ("auto", "last")
 """Words for the newest usable checkpoint of the run's own folder."""
 _FITTING = {
     "TextData": "model=minilm or model=hf",
-    "ImageData": "model=resnet or model=efficientnet_lite0",
+    "ImageData": "model=resnet, model=efficientnet_lite0, model=hf_image or model=timm",
     "LanguageData": "model=smollm2",
 }
 
@@ -105,6 +108,7 @@ def _run(
     seconds: dict[str, float] = {}
     weights = None
     start = _start(cfg, callbacks, model)
+    delta = RunDelta(cfg, model, callbacks, trainer)
     if cfg.train:
         since = time.time()
         trainer.fit(model, datamodule=data, ckpt_path=start)
@@ -125,6 +129,7 @@ def _run(
         metrics |= _floats(trainer.callback_metrics)
     seconds["all"] = time.time() - started
     summary = _keep(cfg, model, trainer, metrics=metrics, mask=facts, seconds=seconds, tested=weights)
+    delta.write(lambda: _model(cfg, data), _weights_to_test(callbacks)[1] or model, facts, metrics)
     if trainer.is_global_zero:
         print_summary(summary, Path(cfg.paths.output_dir))
     return metrics

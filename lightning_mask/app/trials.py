@@ -32,7 +32,7 @@ from lightning_mask.app.summary import write_json
 RESULT = "trial.json"
 OUTPUT = "output.txt"
 # What a person looks at while one run goes on, and what a run can be resumed from, are of no use to many short ones.
-QUIET = ("callbacks=report", "logger=none")
+QUIET = ("callbacks=report", "logger=none", "delta=false")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Trial:
     """One run of the training application.
 
     Args:
-        overrides: Words of its command line, after ``callbacks=report logger=none``.
+        overrides: Words of its command line, after ``QUIET``.
         folder: Its own; it is emptied before the run.
     """
 

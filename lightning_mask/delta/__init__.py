@@ -13,11 +13,13 @@ from lightning_mask.delta.hub import pull_delta, push_delta
 from lightning_mask.delta.live import switch
 from lightning_mask.delta.merging import merge
 from lightning_mask.delta.saving import save_delta
+from lightning_mask.delta.weights import content_hash
 
 __all__ = [
     "Delta",
     "Difference",
     "apply",
+    "content_hash",
     "diff",
     "inspect",
     "merge",

@@ -352,14 +352,6 @@ def _hash(file: TensorsFile) -> str:
     return made.hexdigest()
 
 
-def base_hash(digests: Mapping[str, bytes]) -> str:
-    """Return the hash of a checkpoint from the digests of its tensors: SHA-256 over names and digests, in order of names."""
-    made = hashlib.sha256()
-    for name, one in sorted(digests.items()):
-        made.update(name.encode() + b"|" + one)
-    return made.hexdigest()
-
-
 def drawable(recipe: Mapping[str, Any]) -> bool:
     """Whether a recipe gives its mask from its seed alone."""
     return recipe.get("score") == "random" and "scope_names" in recipe

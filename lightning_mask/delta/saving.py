@@ -9,10 +9,10 @@ from torch import Tensor
 from lightning_mask.core.files import PathLike
 from lightning_mask.core.maskset import MaskSet, indices
 from lightning_mask.core.sharding import whole
-from lightning_mask.delta.file import DIGEST, LONG, Item, Part, base_hash, draw, take, write_delta
+from lightning_mask.delta.file import DIGEST, LONG, Item, Part, draw, take, write_delta
 from lightning_mask.delta.names import Names
 from lightning_mask.delta.stream import Spec, bits
-from lightning_mask.delta.weights import Source, Weights, digest, open_weights
+from lightning_mask.delta.weights import Source, Weights, digest, hash_of, open_weights
 
 _ABSENT = bytes(DIGEST)
 
@@ -63,7 +63,7 @@ def save_delta(
             aliases=new.aliases,
             recipe=given,
             metrics=metrics or {},
-            base=base_hash(maker.digests),
+            base=hash_of(maker.digests),
         )
 
 

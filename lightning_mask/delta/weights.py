@@ -190,6 +190,30 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
+def content_hash(source: Source) -> str:
+    """Return a checkpoint's hash, over names, dtypes, shapes and bytes of its tensors: the ``base`` of deltas made from it.
+
+    The form of the checkpoint makes no difference, nor does the order of the tensors; their names do.
+
+    Args:
+        source: The path of a file or a folder, a state dict, or a module.
+
+    Raises:
+        FileNotFoundError: If the path leads nowhere.
+        ValueError: If it is damaged, or holds no tensors by name.
+    """
+    with open_weights(source) as weights:
+        return hash_of({name: digest(weights.read(name)) for name in weights.specs})
+
+
+def hash_of(digests: Mapping[str, bytes]) -> str:
+    """Return the hash of a checkpoint from the digests of its tensors: SHA-256 over names and digests, in order of names."""
+    made = hashlib.sha256()
+    for name, one in sorted(digests.items()):
+        made.update(name.encode() + b"|" + one)
+    return made.hexdigest()
+
+
 def digest(tensor: Tensor) -> bytes:
     """Return the SHA-256 of a tensor: its dtype, its shape and its bytes."""
     made = hashlib.sha256(f"{CODES[tensor.dtype]}|{list(tensor.shape)}|".encode())
