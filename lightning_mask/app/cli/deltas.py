@@ -18,16 +18,42 @@ def delta() -> None:
     A delta is what training changed in a network: the entries that were active, with their values.
 
     BASE, TUNED, A and B are checkpoints: a .safetensors, .ckpt, .pt or .bin file, or a folder as save_pretrained writes it.
-    Nothing is loaded whole, and nothing is written before everything was checked.
+    They are gone through tensor by tensor. Nothing is written before everything was checked; what is written appears whole.
 
     \b
     Examples:
+      lightning-mask delta save base/ tuned/ -o delta.safetensors
       lightning-mask delta inspect run/delta.safetensors
       lightning-mask delta apply base/ run/delta.safetensors -o tuned/
       lightning-mask delta revert tuned/ run/delta.safetensors -o base_again/
       lightning-mask delta diff base/ base_again/
       lightning-mask delta merge a.safetensors b.safetensors -o both.safetensors
     """
+
+
+@delta.command()
+@click.argument("base", type=FILES)
+@click.argument("tuned", type=FILES)
+@click.option("-o", "--out", type=FILES, required=True, help="File to write.")
+@click.option("--masks", type=FILES, help="File of masks: the delta has the entries that were active, and no others.")
+@click.option("--originals", is_flag=True, help="Keep BASE's values, too: revert does without BASE then.")
+@OVERWRITE
+@AS_JSON
+def save(base: Path, tuned: Path, out: Path, masks: Path | None, originals: bool, overwrite: bool, json: bool) -> None:
+    """Write what TUNED has other than BASE.
+
+    Without --masks, that is whatever differs, bit for bit.
+
+    \b
+    Examples:
+      lightning-mask delta save base/ tuned/ -o delta.safetensors
+      lightning-mask delta save base/ run/checkpoints/last.ckpt -o delta.safetensors --masks run/masks.safetensors
+    """
+    from lightning_mask.delta import save_delta
+
+    check_new(out, overwrite)
+    save_delta(out, base, tuned, masks, originals=originals)
+    _made({"base": base, "tuned": tuned}, out, json)
 
 
 @delta.command()
@@ -67,8 +93,9 @@ def inspect(delta: Path, every: bool, json: bool) -> None:
 def apply(base: Path, delta: Path, out: Path | None, overwrite: bool, force: bool, json: bool) -> None:
     """Write the tuned model: BASE with the values of the delta, equal to the model it was made from, bit for bit.
 
-    BASE is left as it is, and what is there already is not written over. To change BASE itself: -o BASE --overwrite.
-    Another base is refused, by the hash of its content; --force takes it where names and shapes fit.
+    BASE is left as it is, and what is there already is not written over. To change BASE itself: -o BASE --overwrite. A
+    folder with other things in it is never replaced. Another base is refused, by the hash of its content; --force takes it
+    where names and shapes fit.
 
     \b
     Examples:
@@ -179,17 +206,25 @@ def merge(
       lightning-mask delta merge a.safetensors b.safetensors -o both.safetensors
       lightning-mask delta merge a.safetensors b.safetensors -o both.safetensors --how ties --base base/
     """
-    from lightning_mask.delta import inspect, merge
+    from lightning_mask.delta import merge
 
     if len(deltas) < 2:
         raise click.UsageError("Give two deltas or more.")
     check_new(out, overwrite)
     merge(deltas, out, how=how, base=base, density=density)
+    _made({"deltas": deltas}, out, json)
+
+
+def _made(sources: dict[str, Any], out: Path, json: bool) -> None:
+    """Say what a delta that was written has in it."""
+    from lightning_mask.delta import inspect
+
     facts = inspect(out)
     if json:
-        as_json({"deltas": [str(each) for each in deltas], "out": str(out), **facts})
+        as_json({**sources, "out": out, **facts})
     else:
-        click.echo(f"{out}: {facts['active']:,} of {facts['total']:,} entries ({facts['density']:.2%})")
+        of = f"{facts['active']:,} of {facts['total']:,} entries ({facts['density']:.2%})"
+        click.echo(f"{out}: {of}, {facts['bytes']:,} bytes")
 
 
 def _beside(checkpoint: Path, word: str) -> Path:

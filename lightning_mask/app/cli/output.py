@@ -69,12 +69,13 @@ def entries(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def check_new(out: Path, overwrite: bool) -> None:
-    """Refuse to write over something.
+    """Refuse to write over something; an empty folder is nothing.
 
     Raises:
         ValueError: If ``out`` is there and is not to be replaced.
     """
-    if out.exists() and not overwrite:
+    there = any(out.iterdir()) if out.is_dir() else out.exists()
+    if there and not overwrite:
         raise ValueError(f"{out} is there already: give another with --out, or replace it with --overwrite.")
 
 
