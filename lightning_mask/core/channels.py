@@ -113,12 +113,15 @@ def coupling(model: nn.Module, forward: Forward) -> Coupling:
         made, read, reason = _follow(graph, module)
         done |= set(_weighted(made, model))
         channels = Channels(_width(module)[1], *({n: _part(p) for n, p in side.items()} for side in (made, read)))
+        lost = False
         for key, part in _places(channels):
             width = _width(model.get_submodule(key[1]))[key[0] == "out"]
-            claimed.setdefault(key, torch.zeros(width, dtype=torch.int64))[part.at.unique()] += 1
+            there = part.at[part.at < width]
+            lost |= len(there) < max(len(part.at), 1)
+            claimed.setdefault(key, torch.zeros(width, dtype=torch.int64))[there.unique()] += 1
         if reason is None and any(each in taken for each in made):
             reason = "they are the widths of attention heads"
-        if reason is None and not all(len(part.at) for _, part in _places(channels)):
+        if reason is None and lost:
             reason = "torch-pruning loses track of them at a reshape"
         if reason is None and not read:
             reason = "no layer reads them"

@@ -1,10 +1,9 @@
 """Dense files: every entry of every tensor, zeros too; any program that reads safetensors can load them."""
 
-import torch
 from torch import nn
 
 from lightning_mask.core.files import PathLike, whole_file
-from lightning_mask.export.files import distinct
+from lightning_mask.export.files import distinct, unlike
 
 
 def save_dense(model: nn.Module, path: PathLike) -> None:
@@ -21,7 +20,6 @@ def save_dense(model: nn.Module, path: PathLike) -> None:
     tensors, aliases = distinct(model.state_dict())
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=aliases)  # as safetensors.torch.save_model has it
-        back = load_file(temporary)
-        wrong = next((n for n in tensors if n not in back or not torch.equal(back[n], tensors[n])), None)
-        if wrong is not None or back.keys() != tensors.keys():
-            raise RuntimeError(f"{path}: {wrong or 'a tensor'} did not load equal to what was written.")
+        wrong = unlike(tensors, load_file(temporary))
+        if wrong is not None:
+            raise RuntimeError(f"{path}: {wrong} did not load equal to what was written.")

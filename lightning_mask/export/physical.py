@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from lightning_mask.core.channels import (
     outputs,
 )
 from lightning_mask.core.files import PathLike, whole_file, whole_folder
-from lightning_mask.export.files import distinct
+from lightning_mask.export.files import distinct, unlike
 
 _FORMAT = "lightning-mask physical 1"
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -96,8 +97,8 @@ def shrink(
         _cut_heads(small, cuts)
     if not cuts.outs:
         raise ValueError(
-            "Nothing to remove: no channel and no attention head is zero as a whole in this model. Prune whole units "
-            "(structure='channel', 'head' or 'row'), or export single zeros as a sparse file."
+            "Nothing to remove: no channel and no attention head is zero as a whole in this model (those of layers that share "
+            "a weight stay). Prune whole units (structure='channel', 'head' or 'row'), or export single zeros as a sparse file."
         )
     with torch.no_grad():
         _apply(small, cuts)
@@ -205,8 +206,7 @@ def write_physical(small: nn.Module, model: nn.Module, folder: Path) -> None:
         save_file(tensors, temporary, metadata=aliases)
     with whole_file(folder / "model.json") as temporary:
         temporary.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    back = load_physical(folder, copy.deepcopy(model)).state_dict()
-    wrong = next((n for n, t in small.state_dict().items() if n not in back or not torch.equal(back[n], t)), None)
+    wrong = unlike(small.state_dict(), load_physical(folder, copy.deepcopy(model)).state_dict())
     if wrong is not None:
         raise RuntimeError(f"{folder}: {wrong} did not load equal to what was written.")
 
@@ -222,10 +222,32 @@ def load_physical(folder: PathLike, model: nn.Module) -> nn.Module:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, or of another architecture; the model is not changed then.
     """
+    numbers, tensors, aliases = _read(Path(folder))
+    here, modules = model.state_dict(), dict(model.named_modules())
+    odd = sorted(set(here) ^ (tensors.keys() | aliases))
+    odd += [f"{m}.{k}" for m, own in numbers.items() for k in own if type(getattr(modules.get(m), k, None)) is not int]
+    odd += [n for n, t in tensors.items() if n in here and not _fits(t.shape, here[n].shape)]
+    if odd:
+        raise ValueError(f"{str(folder)!r} is of another architecture than this {type(model).__name__}: {odd[0]}.")
+    for name, own in numbers.items():
+        for key, value in own.items():
+            setattr(modules[name], key, value)
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        old = here[name]
+        if old.shape == tensor.shape:
+            with torch.no_grad():
+                old.copy_(tensor)  # in place, so that what is tied stays so
+        else:
+            _put(modules[path], key, tensor.to(old))
+    return model
+
+
+def _read(folder: Path) -> tuple[dict[str, dict[str, int]], dict[str, Tensor], set[str]]:
+    """The numbers of modules and the tensors in a folder of :func:`save_physical`, and the other names of tied tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"There is no {name} in {str(folder)!r}: it is no folder of a smaller module.")
@@ -236,24 +258,20 @@ def load_physical(folder: PathLike, model: nn.Module) -> nn.Module:
         raise ValueError(f"{str(folder)!r} is damaged ({error}); export again.") from None
     if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
         raise ValueError(f"{str(folder)!r} is no smaller module of this package: its model.json has another format.")
-    here, modules = model.state_dict(), dict(model.named_modules())
-    odd = sorted(set(here) ^ (set(tensors) | set(plan["aliases"])))
-    odd += [f"{m}.{k}" for m, numbers in plan["numbers"].items() for k in numbers if not hasattr(modules.get(m), k)]
-    odd += [n for n, t in tensors.items() if n in here and t.dim() != here[n].dim()]
-    if odd:
-        raise ValueError(f"{str(folder)!r} is of another architecture than this {type(model).__name__}: {odd[0]}.")
-    for name, numbers in plan["numbers"].items():
-        for key, value in numbers.items():
-            setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
-    for name, tensor in tensors.items():
-        path, _, key = name.rpartition(".")
-        old = here[name]
-        if old.shape == tensor.shape:
-            with torch.no_grad():
-                old.copy_(tensor)  # in place, so that what is tied stays so
-        else:
-            _put(modules[path], key, tensor.to(old))
-    return model
+    try:
+        numbers = {
+            module: {key: operator.index(n) for key, n in own.items()} for module, own in plan["numbers"].items()
+        }
+        aliases, shapes = set(plan["aliases"].keys()), plan["shapes"]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{str(folder / 'model.json')!r} is damaged ({error!r}); export again.") from None
+    if shapes != {name: list(tensor.shape) for name, tensor in tensors.items()}:
+        raise ValueError(f"{str(folder)!r} is damaged (its tensors have other shapes than it says); export again.")
+    return numbers, tensors, aliases
+
+
+def _fits(small: torch.Size, large: torch.Size) -> bool:
+    return len(small) == len(large) and all(s <= n for s, n in zip(small, large, strict=True))
 
 
 def _zero(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

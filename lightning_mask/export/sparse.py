@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mask.core.files import PathLike, whole_file
-from lightning_mask.export.files import distinct
+from lightning_mask.export.files import distinct, unlike
 
 _FORMAT = "lightning-mask sparse 1"
 _VALUES, _BITS, _WHOLE = "values:", "bits:", "whole:"
@@ -62,8 +62,7 @@ def save_sparse(state: Mapping[str, Tensor], path: PathLike, metadata: Mapping[s
     }
     with whole_file(path) as temporary:
         save_file(content, temporary, metadata=header)
-        back = load_sparse(temporary)
-        wrong = next((n for n in state if n not in back or not _equal(back[n], state[n].detach().cpu())), None)
+        wrong = unlike(state, load_sparse(temporary))
         if wrong is not None:
             raise RuntimeError(f"{path}: {wrong} did not load equal to what was written.")
     return compressed
@@ -81,13 +80,9 @@ def load_sparse(path: PathLike) -> dict[str, Tensor]:
         shapes, aliases = json.loads(header["shapes"]), json.loads(header["aliases"])
         tensors = {n.removeprefix(_WHOLE): t for n, t in content.items() if n.startswith(_WHOLE)}
         for name, shape in shapes.items():
-            values, total = content[_VALUES + name], math.prod(shape)
-            alive = np.unpackbits(content[_BITS + name].numpy(), count=total).astype(bool)
-            dense = torch.zeros(total, dtype=values.dtype)
-            dense[torch.from_numpy(alive)] = values
-            tensors[name] = dense.view(shape)
+            tensors[name] = _spread(content[_VALUES + name], content[_BITS + name], math.prod(shape)).view(shape)
         return tensors | {alias: tensors[name] for alias, name in aliases.items()}
-    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"The sparse file {str(path)!r} is damaged ({error!r}); write it again.") from None
 
 
@@ -121,7 +116,13 @@ def _alive(tensor: Tensor) -> Tensor:
     return nonzero | torch.signbit(tensor) if tensor.is_floating_point() else nonzero
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+def _spread(values: Tensor, bits: Tensor, total: int) -> Tensor:
+    """The ``total`` entries of which ``values`` are those that have a bit."""
+    if bits.dtype != torch.uint8 or bits.shape != ((total + 7) // 8,):
+        raise ValueError(f"{tuple(bits.shape)} {bits.dtype} are not the bits of {total:,} entries")
+    alive = torch.from_numpy(np.unpackbits(bits.numpy(), count=total).astype(bool))
+    if values.shape != (int(alive.count_nonzero()),):
+        raise ValueError(f"{tuple(values.shape)} values do not go with {int(alive.count_nonzero()):,} bits")
+    dense = torch.zeros(total, dtype=values.dtype)
+    dense[alive] = values
+    return dense

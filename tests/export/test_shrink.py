@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,36 @@ def test_a_folder_makes_a_model_of_full_size_the_smaller_one(tmp_path: Path):
     assert back.get_output_embeddings().weight is back.get_input_embeddings().weight
 
 
+def test_a_folder_that_cannot_take_the_place_of_the_old_one_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = mlp(bias=True)
+    small = shrink(model, torch.randn(4, 3))
+    save_physical(small, model, tmp_path / "small")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "small").iterdir()}
+    rename = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "small" and Path(source).suffix == ".tmp":
+            raise OSError("no space left")
+        rename(source, target)
+
+    monkeypatch.setattr("lightning_mask.core.files.os.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_physical(small, model, tmp_path / "small")
+    assert [f.name for f in tmp_path.iterdir()] == ["small"]
+    assert {f.name: f.read_bytes() for f in (tmp_path / "small").iterdir()} == before
+
+
+def test_channels_that_a_pixel_shuffle_reads_stay():
+    torch.manual_seed(0)
+    convs = (nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1))
+    model = nn.Sequential(convs[0], nn.PixelShuffle(2), convs[1], nn.ReLU(), convs[2]).eval()
+    with torch.no_grad():
+        model[0].weight[4:8] = model[0].bias[4:8] = 0
+        model[2].weight[3:] = model[2].bias[3:] = 0
+    small = shrink(model, torch.randn(2, 3, 6, 6))
+    assert [tuple(layer.weight.shape[:2]) for layer in (small[0], small[2], small[4])] == [(16, 3), (3, 4), (2, 3)]
+
+
 def test_a_folder_of_another_model_is_refused_and_changes_nothing(tmp_path: Path):
     model, x = mlp(bias=True), torch.randn(4, 3)
     small = shrink(model, x)
@@ -323,12 +354,25 @@ def test_a_folder_of_another_model_is_refused_and_changes_nothing(tmp_path: Path
     with pytest.raises(FileNotFoundError, match=r"no model\.json"):
         load_physical(tmp_path, model)
     plan = tmp_path / "small/model.json"
+    good = plan.read_text()
     plan.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="another format"):
         load_physical(tmp_path / "small", model)
     plan.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         load_physical(tmp_path / "small", model)
+    plan.write_text(good)
+    load_physical(tmp_path / "small", copy.deepcopy(model))
+    for key, value in (("numbers", None), ("numbers", {"0": [3]}), ("aliases", None), ("shapes", {"0.weight": [9, 9]})):
+        plan.write_text(json.dumps({**json.loads(good), key: value}))
+        with pytest.raises(ValueError, match="damaged"):
+            load_physical(tmp_path / "small", model)
+    plan.write_text(json.dumps({**json.loads(good), "numbers": {"0": {"forward": 3}}}))
+    with pytest.raises(ValueError, match=r"another architecture .*: 0\.forward"):
+        load_physical(tmp_path / "small", model)
+    plan.write_text(good)
+    with pytest.raises(ValueError, match=r"another architecture .*: 0\.weight"):
+        load_physical(tmp_path / "small", nn.Sequential(nn.Linear(2, 6), nn.GELU(), nn.Linear(6, 2)))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds something else"):

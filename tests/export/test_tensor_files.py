@@ -1,10 +1,13 @@
 """Dense and sparse files: what comes back is what was saved, bit for bit."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from pruned_nets import llama
+from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor
 
@@ -101,6 +104,46 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path):
     save_sparse({"w": pruned((30, 30), 0.9)}, path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="damaged"):
+        load_sparse(path)
+
+
+def test_a_buffer_that_is_a_part_of_a_weight_and_one_that_holds_nan_are_written_as_they_are(tmp_path: Path):
+    model = torch.nn.Linear(6, 4)
+    with torch.no_grad():
+        model.weight[:, 1:] = 0
+    model.register_buffer("first", model.weight.detach()[:2])
+    model.register_buffer("whole", model.weight.detach().view(24))
+    model.register_buffer("seen", torch.full((3,), float("nan")))
+    save_dense(model, tmp_path / "dense.safetensors")
+    save_sparse(model.state_dict(), tmp_path / "sparse.safetensors")
+    for back in (load_file(tmp_path / "dense.safetensors"), load_sparse(tmp_path / "sparse.safetensors")):
+        assert back.keys() == model.state_dict().keys()
+        assert all(bits(back[name]) == bits(tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda header, content: header.update(shapes="[]"),
+        lambda header, content: header.update(shapes='{"w": "ab"}'),
+        lambda header, content: header.update(shapes='{"w": [1000000000, 1000000000]}'),
+        lambda header, content: header.update(shapes='{"w": [30, 31]}'),
+        lambda header, content: header.update(aliases="null"),
+        lambda header, content: content.update({"bits:w": content["bits:w"][:-1].clone()}),
+        lambda header, content: content.update({"bits:w": content["bits:w"].float()}),
+        lambda header, content: content.update({"values:w": content["values:w"][:1].clone()}),
+        lambda header, content: content.pop("values:w"),
+    ],
+)
+def test_a_sparse_file_whose_parts_do_not_go_together_is_refused(tmp_path: Path, damage: Callable[..., object]):
+    path = tmp_path / "sparse.safetensors"
+    save_sparse({"w": pruned((30, 30), 0.9)}, path)
+    with safe_open(path, "pt") as file:
+        header, content = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert json.loads(header["shapes"]) == {"w": [30, 30]}
+    damage(header, content)
+    save_file(content, path, metadata=header)
+    with pytest.raises(ValueError, match="is damaged"):
         load_sparse(path)
 
 
