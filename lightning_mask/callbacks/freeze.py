@@ -13,7 +13,8 @@ from lightning_mask.core.maskset import MaskSet
 from lightning_mask.core.schedules import Moment, Run
 from lightning_mask.core.selection import Selection
 
-Strings = str | list[str] | None
+# LightningCLI takes the first member of a union that a value fits: lists stand before strings, int before float.
+Strings = list[str] | str | None
 
 
 class FreezeMask(MaskCallback):
@@ -63,7 +64,7 @@ class FreezeMask(MaskCallback):
         train: Strings = None,
         *,
         score: str | Callable[..., Any] | None = None,
-        density: float | int | dict[str, float | int] | None = None,
+        density: int | float | dict[str, int | float] | None = None,
         scope: Strings = None,
         structure: str = "entry",
         allocation: str = "global",

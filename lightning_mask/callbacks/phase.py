@@ -58,7 +58,7 @@ class Phase:
         *,
         train: Strings = None,
         score: str | Callable[..., Any] | None = None,
-        density: float | int | dict[str, float | int] | None = None,
+        density: int | float | dict[str, int | float] | None = None,
         scope: Strings = None,
         structure: str = "entry",
         allocation: str = "global",

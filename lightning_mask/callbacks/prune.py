@@ -88,7 +88,7 @@ class PruneMask(MaskCallback):
 
     def __init__(
         self,
-        sparsity: float | str | dict[str, float],
+        sparsity: str | float | dict[str, float],
         *,
         score: str | Callable[..., Any] = "magnitude",
         scope: Strings = None,

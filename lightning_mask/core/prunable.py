@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from torch import Tensor, nn
 
@@ -17,16 +18,17 @@ def read_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None]
         ValueError: If it is neither.
 
     Example:
-        >>> read_sparsity(0.9), read_sparsity("2:4")
-        ((0.9, None), (0.5, (2, 4)))
+        >>> read_sparsity(0.9), read_sparsity("0.9"), read_sparsity("2:4")
+        ((0.9, None), (0.9, None), (0.5, (2, 4)))
     """
     refused = f"sparsity={sparsity!r} must be a share in [0, 1), e.g. 0.9, or a pattern such as '2:4'."
     if isinstance(sparsity, str):
         match = re.fullmatch(r"(\d+):(\d+)", sparsity)
-        if match is None or not 0 < int(match[1]) < int(match[2]):
-            raise ValueError(refused)
-        n, m = int(match[1]), int(match[2])
-        return 1 - n / m, (n, m)
+        if match is not None and 0 < int(match[1]) < int(match[2]):
+            n, m = int(match[1]), int(match[2])
+            return 1 - n / m, (n, m)
+        with suppress(ValueError):  # command lines that try strings first give shares as strings
+            sparsity = float(sparsity)
     if isinstance(sparsity, bool) or not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:
         raise ValueError(refused)
     return float(sparsity), None
