@@ -19,6 +19,7 @@ from omegaconf import Container, DictConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_mask.app.checks import values
+from lightning_mask.app.ranks import keep_failure
 
 FULL = "HYDRA_FULL_ERROR"
 
@@ -60,6 +61,7 @@ def task() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        keep_failure(error, is_about_input(error))
         if readable and is_about_input(error):
             stop(error)
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:

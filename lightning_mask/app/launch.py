@@ -1,5 +1,5 @@
-"""From a command line to jobs, of one process or several: what Lightning's DDP launcher needs under Hydra, and the check that
-all ranks agree."""
+"""From a command line to jobs, of one process or several: what Lightning's DDP launcher needs under Hydra, and the folder
+that all ranks share."""
 
 import argparse
 import functools
@@ -18,8 +18,8 @@ import hydra
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch import Callback, LightningModule, Trainer
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, open_dict, read_write
 
 from lightning_mask.app import errors
 
@@ -149,51 +149,17 @@ def job_command(argv: Sequence[str], config_name: str, task: Sequence[str], hydr
 
 
 def agree_on_run() -> None:
-    """Give all ranks of torchrun, and all tries of a requeued Slurm job, one folder: each would stamp its own time otherwise.
+    """Give all ranks of torchrun, and all tries of a requeued SLURM job, one folder: each would stamp its own time otherwise.
 
-    Sets ``LIGHTNING_MASK_RUN`` unless it is set.
+    Several commands in one SLURM job get one each. Sets ``LIGHTNING_MASK_RUN`` unless it is set.
     """
     if RUN in os.environ:
         return
     if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        os.environ[RUN] = f"job-{os.environ['SLURM_JOB_ID']}"
+        words = hashlib.sha256("\0".join(sys.argv[1:]).encode()).hexdigest()[:4]
+        os.environ[RUN] = f"job-{os.environ['SLURM_JOB_ID']}-{words}"
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=1))
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
         os.environ[RUN] = store.compare_set("lightning_mask/run", "", stamp).decode()
-
-
-def digest(cfg: DictConfig) -> str:
-    """Return a hash of a composed config, without the paths, which may differ among machines."""
-    content = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(content, dict)
-    content.pop("paths", None)
-    return hashlib.sha256(repr(content).encode()).hexdigest()
-
-
-class SameConfig(Callback):
-    """Refuse to run when the ranks composed different configs, as they do when a sweeper runs once per rank.
-
-    Args:
-        cfg: The composed config of this rank.
-
-    Raises:
-        ValueError: On every rank, before the model is touched.
-    """
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self._digest = digest(cfg)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare with the other ranks."""
-        if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
-            return
-        digests: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(digests, self._digest)
-        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
-        if others:
-            raise ValueError(
-                f"Ranks {', '.join(map(str, others))} composed another config than rank 0: a sweep was started once per "
-                "rank. Give the sweeper a seed, or start the sweep without torchrun or srun."
-            )

@@ -5,6 +5,7 @@ A model is pruned in one shot from some training batches, and evaluated before a
 
 import csv
 import os
+import socket
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -93,7 +94,7 @@ def prune(cfg: DictConfig) -> dict[str, float]:
         **pruned.masks.recipe,
         "batches": len(batches),
     }
-    summary = summarise(cfg, metrics=after, mask=facts, seconds=seconds, tested="pruned", world_size=1)
+    summary = summarise(cfg, metrics=after, mask=facts, seconds=seconds, tested="pruned", hosts=[socket.gethostname()])
     write_json(folder / "summary.json", {**summary, "before": before})
     _print(pruned, before, after, seconds, folder)
     return after

@@ -4,6 +4,8 @@ import json
 import math
 import platform
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def summarise(
     mask: dict[str, Any],
     seconds: dict[str, float],
     tested: str | None,
-    world_size: int,
+    hosts: Sequence[str],
+    examples_per_second: float | None = None,
 ) -> dict[str, Any]:
     """Return the facts of a run as plain values.
 
@@ -35,7 +38,8 @@ def summarise(
         mask: What :meth:`lightning_mask.callbacks.RunReport.results` returned; may be empty.
         seconds: Wall-clock seconds by part of the run.
         tested: Which weights were tested; None: none.
-        world_size: Number of processes.
+        hosts: Name of each process's machine.
+        examples_per_second: What all processes together trained on; None: not known.
     """
     return {
         "task_name": cfg.task_name,
@@ -46,7 +50,9 @@ def summarise(
         "tested": tested,
         "mask": mask,
         "seconds": seconds,
-        "world_size": world_size,
+        "world_size": len(hosts),
+        "hosts": dict(Counter(hosts)),
+        "examples_per_second": examples_per_second,
         "ckpt_path": cfg.ckpt_path,
         "versions": {
             "lightning_mask": lightning_mask.__version__,
@@ -91,9 +97,14 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             table.add_row("phase", f"{name} from step {phase['step']}: {phase['reason']}")
         table.add_row("steps", f"{mask['steps']:,}")
         table.add_row("seconds per step", f"{mask['seconds_per_step']:.3f}")
+    if summary["examples_per_second"]:
+        table.add_row("examples per second", f"{summary['examples_per_second']:,.1f}")
     table.add_row("seconds", ", ".join(f"{part} {value:.0f}" for part, value in summary["seconds"].items()))
     if summary["world_size"] > 1:
-        table.add_row("processes", str(summary["world_size"]))
+        hosts = [f"{count} on {host}" for host, count in summary["hosts"].items()]
+        table.add_row(
+            "processes", ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more hosts" if len(hosts) > 4 else "")
+        )
     table.add_row("folder", relative(folder))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -19,16 +19,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mask.app import errors, launch
+from lightning_mask.app.agreement import SameRun
 from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint, newest_checkpoint
 from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.delta import RunDelta
-from lightning_mask.app.launch import SameConfig, agree_on_run, all_ranks_end, one_job
+from lightning_mask.app.launch import agree_on_run, all_ranks_end, one_job
+from lightning_mask.app.ranks import check_started, words_for_rank
 from lightning_mask.app.sparsity import write_sparsity
 from lightning_mask.app.summary import print_summary, summarise, write_json
+from lightning_mask.app.throughput import Throughput
 from lightning_mask.callbacks import PhaseUnfreeze, PruneMask, RunReport
 from lightning_mask.callbacks.phase import write_phases
 from lightning_mask.callbacks.signals import listening
 
+_Kind = TypeVar("_Kind", bound=Callback)
 # What Lightning says of every run of this kind, and nobody can act on.
 _CHATTER = (
     "GPU available",
@@ -39,12 +43,20 @@ _CHATTER = (
     "Restor",  # train() says it, once
     "Loaded model weights",
     "Loading `train_dataloader`",
+    "Initializing distributed",  # of each rank; the first says how many there are
+)
+_SPEAKERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.distributed",
+    "lightning.pytorch",
 )
 _IGNORED = (
     r".*does not have many workers.*",
     r".*is not empty.*",
     r".*number of training batches.*smaller than the logging interval.*",
     r".*exists and is not empty.*",
+    r".*`srun` command is available.*",
     r".*isinstance\(treespec, LeafSpec\).*",
 )
 # Which data our tasks read, and what to choose where a model was given other data.
@@ -89,7 +101,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data: LightningDataModule = instantiate(cfg.data)
     model = _model(cfg, data)
     callbacks = _callbacks(cfg)
-    trainer = _trainer(cfg, [SameConfig(cfg), *callbacks])
+    trainer = _trainer(cfg, [SameRun(cfg), Throughput(), *callbacks])
     _check_sizes(cfg, data, trainer)
     with all_ranks_end(trainer):
         return _run(cfg, data, model, callbacks, trainer, started)
@@ -146,7 +158,16 @@ def _keep(
     tested: str | None = None,
 ) -> dict[str, Any]:
     """Return the facts of the run; rank 0 writes them into its folder."""
-    summary = summarise(cfg, metrics=metrics, mask=mask, seconds=seconds, tested=tested, world_size=trainer.world_size)
+    same, pace = _ours(trainer, SameRun), _ours(trainer, Throughput)
+    summary = summarise(
+        cfg,
+        metrics=metrics,
+        mask=mask,
+        seconds=seconds,
+        tested=tested,
+        hosts=same.hosts,
+        examples_per_second=pace.examples_per_second,
+    )
     if getattr(model, "confusion_matrix", None):
         summary["confusion_matrix"] = {"classes": model.class_names, "rows_true": model.confusion_matrix}
     if "auto" in cfg:
@@ -154,6 +175,11 @@ def _keep(
     if trainer.is_global_zero:
         write_json(Path(cfg.paths.output_dir) / "summary.json", summary)
     return summary
+
+
+def _ours(trainer: Trainer, kind: type[_Kind]) -> _Kind:
+    """A callback that every run has."""
+    return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
 
 
 def _keep_phases(cfg: DictConfig, callbacks: list[Callback], trainer: Trainer) -> None:
@@ -175,6 +201,7 @@ def _keep_sparsity(cfg: DictConfig, callbacks: list[Callback], trainer: Trainer)
 def _check(cfg: DictConfig) -> None:
     if "strategies" in cfg:
         raise ValueError("The experiment is a comparison of many runs: give it to scripts/compare.py.")
+    check_started()
     check_complete(cfg)
     check_types(cfg)
     if HydraConfig.initialized():
@@ -342,7 +369,7 @@ def _floats(figures: Mapping[str, Any]) -> dict[str, float]:
 def _quieten() -> None:
     for pattern in _IGNORED:
         warnings.filterwarnings("ignore", pattern)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.pytorch"):
+    for name in _SPEAKERS:
         logger = logging.getLogger(name)
         if _is_news not in logger.filters:
             logger.addFilter(_is_news)
@@ -386,7 +413,8 @@ def config_path() -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line: Hydra's words, by default all that this process was started with."""
     agree_on_run()
-    launch.run(_job, config_path(), "train", words)
+    words = sys.argv[1:] if words is None else words
+    launch.run(_job, config_path(), "train", [*words, *words_for_rank()])
 
 
 if __name__ == "__main__":

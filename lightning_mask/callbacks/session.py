@@ -221,6 +221,9 @@ class Session:
         for member in sorted(self.members, key=lambda m: m is self.phases):  # a phase may build on the FreezeMasks
             member.begin(self)
         self._hold()
+        if any(member._restored for member in self.members):  # those that were chosen now are compared already
+            assert self.engine is not None
+            self.agree(MaskSet(self.engine.masks), "The masks of a checkpoint")
         self._drop_reference()
         self._sync_reducer()
         if shared:

@@ -1,5 +1,6 @@
 """The few collectives that masks need; each does nothing in a single process."""
 
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,16 +53,18 @@ def require_equal_masks(digests: Mapping[str, str], what: str) -> None:
     """Stop every rank unless all of them hold the same masks; ``digests`` is ``MaskSet.digests()``.
 
     Raises:
-        RuntimeError: On all ranks, naming the first rank that differs and its tensors.
+        RuntimeError: On all ranks, naming the first rank that differs, its tensors and the hosts.
     """
-    values = gather(dict(digests))
+    ranks = gather((socket.gethostname(), dict(digests)))
+    values = [value for _, value in ranks]
     for rank, other in enumerate(values):
         odd = sorted(n for n in {*other, *values[0]} if other.get(n) != values[0].get(n))
         if odd:
             raise RuntimeError(
                 f"{what}: rank {rank} holds another mask than rank 0 in {', '.join(odd[:5])}"
-                f"{f' and {len(odd) - 5} more tensors' if len(odd) > 5 else ''}. A criterion must give every rank the same "
-                "scores: draw random numbers from context.seed, and take data only from context.batches."
+                f"{f' and {len(odd) - 5} more tensors' if len(odd) > 5 else ''} (on {ranks[rank][0]} and {ranks[0][0]}). "
+                "A criterion must give every rank the same scores: draw random numbers from context.seed, and take data only "
+                "from context.batches. A file of masks and a checkpoint must be the same on all machines."
             )
 
 
