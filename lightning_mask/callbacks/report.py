@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from lightning_mask.callbacks.base import MaskCallback
+from lightning_mask.callbacks.packages import AnyCallback
 from lightning_mask.callbacks.session import Session
 from lightning_mask.core.engine import Row
 from lightning_mask.core.maskset import MaskSet, active
 from lightning_mask.core.sharding import local, part, reshard, totals
 
 
-class RunReport(Callback):
+class RunReport(AnyCallback):
     """Print a table of what is held and what trains, and keep the facts of the run.
 
     Works beside any mask callbacks, also beside none. When training ends, the masks in force are written to
@@ -33,6 +34,7 @@ class RunReport(Callback):
         self.dirpath, self.check_held = dirpath, check_held
         self._facts: dict[str, Any] = {}
         self._copies: dict[str, tuple[Tensor, Tensor]] = {}
+        self._phase_active: dict[int, dict[str, int]] = {}
         self._checked = self._changed = 0
         self._seconds, self._steps, self._since = 0.0, 0, 0.0
 
@@ -41,15 +43,16 @@ class RunReport(Callback):
 
         Keys: ``active``, ``total`` (entries), ``density``, ``sparsity`` (of what PruneMask has in scope, None without),
         ``held_checked``, ``held_changed`` (entries), ``steps``, ``seconds_per_step``, ``optimizer_bytes`` (of this rank's
-        optimizer state), ``phases`` (the history), ``tensors`` (rows of the table).
+        optimizer state), ``phases`` (the history), ``phase_active`` (of each phase, the active entries of each tensor as it
+        ended), ``tensors`` (rows of the table).
         """
         return dict(self._facts)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table where no mask callback announces the masks."""
         self._seconds, self._steps, self._checked, self._changed = 0.0, 0, 0, 0
-        if _session(trainer) is None and trainer.is_global_zero:
-            _print_table(_rows(trainer, pl_module))
+        if session_of(trainer) is None and trainer.is_global_zero:
+            _print_table(rows_of(trainer, pl_module))
 
     def on_masks_changing(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
         """Check what was held until now."""
@@ -59,8 +62,12 @@ class RunReport(Callback):
     def on_masks_changed(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
         """Copy what is held from now on; print the table at the start."""
         if reason == "start" and trainer.is_global_zero:
-            _print_table(_rows(trainer, pl_module))
-        session = _session(trainer)
+            _print_table(rows_of(trainer, pl_module))
+        session = session_of(trainer)
+        if reason == "start":
+            self._phase_active = {}
+        if session is not None and session.phases is not None and trainer.is_global_zero:
+            self._phase_active[session.phases.phase] = {r.name: r.active for r in rows_of(trainer, pl_module)}
         if self.check_held and session is not None and session.engine is not None:
             masks = session.engine.masks
             parameters = dict(pl_module.named_parameters())
@@ -85,9 +92,9 @@ class RunReport(Callback):
         """Check what is held, and keep the facts."""
         self._check(pl_module)
         self._copies = {}
-        rows = _rows(trainer, pl_module)
-        session = _session(trainer)
-        count, total = sum(r.active for r in rows), sum(_numel(r) for r in rows)
+        rows = rows_of(trainer, pl_module)
+        session = session_of(trainer)
+        count, total = sum(r.active for r in rows), sum(numel(r) for r in rows)
         pruned = session.pruners if session is not None else []
         entries = sum(p.masks.numel() for p in pruned)
         self._facts = {
@@ -101,6 +108,7 @@ class RunReport(Callback):
             "optimizer_bytes": _state_bytes(trainer),
             "seconds_per_step": self._seconds / max(self._steps, 1) * trainer.accumulate_grad_batches,
             "phases": list(session.phases.history) if session is not None and session.phases is not None else [],
+            "phase_active": [{"phase": phase, "active": counts} for phase, counts in self._phase_active.items()],
             "tensors": [vars(row) for row in rows],
         }
         if (
@@ -125,15 +133,17 @@ class RunReport(Callback):
         self._checked, self._changed = max(self._checked, checked), self._changed + changed
 
 
-def _session(trainer: Trainer) -> Session | None:
+def session_of(trainer: Trainer) -> Session | None:
+    """Return what the mask callbacks of a Trainer share; None: it has none, or is not training."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, MaskCallback) and callback._session is not None and not callback._session.closed:
             return callback._session
     return None
 
 
-def _rows(trainer: Trainer, module: LightningModule) -> list[Row]:
-    session = _session(trainer)
+def rows_of(trainer: Trainer, module: LightningModule) -> list[Row]:
+    """Return what is held now, one row for each tensor; without any mask callback, by what requires a gradient."""
+    session = session_of(trainer)
     if session is not None and session.engine is not None:
         return session.engine.summary()
     return [
@@ -154,7 +164,8 @@ def _state_bytes(trainer: Trainer) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _numel(row: Row) -> int:
+def numel(row: Row) -> int:
+    """Return the number of entries of a row's tensor."""
     return int(torch.Size(row.shape).numel())
 
 
@@ -163,12 +174,16 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(integer) if integer and not tensor.is_complex() else tensor
 
 
-def _print_table(rows: list[Row]) -> None:
-    """One line for each group of tensors that are alike but for their block's number."""
+def group_rows(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Put together what differs in the numbers of blocks alone and is held alike; ``*`` stands for the numbers."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         key = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
         groups.setdefault((key, row.held_by), []).append(row)
+    return [(members[0].name if len(members) == 1 else key, members) for (key, _), members in groups.items()]
+
+
+def _print_table(rows: list[Row]) -> None:
     table = Table(title="What trains and what is held")
     for column, justify in (
         ("tensor", "left"),
@@ -179,11 +194,11 @@ def _print_table(rows: list[Row]) -> None:
         ("held by", "left"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for (key, held_by), members in groups.items():
-        total, count = sum(_numel(r) for r in members), sum(r.active for r in members)
-        name = members[0].name if len(members) == 1 else key
-        table.add_row(name, str(len(members)), f"{total:,}", f"{count:,}", f"{count / max(total, 1):.2%}", held_by)
-    total, count = sum(_numel(r) for r in rows), sum(r.active for r in rows)
+    for name, members in group_rows(rows):
+        total, count = sum(numel(r) for r in members), sum(r.active for r in members)
+        share, held_by = f"{count / max(total, 1):.2%}", members[0].held_by
+        table.add_row(name, str(len(members)), f"{total:,}", f"{count:,}", share, held_by)
+    total, count = sum(numel(r) for r in rows), sum(r.active for r in rows)
     table.add_section()
     table.add_row("all", str(len(rows)), f"{total:,}", f"{count:,}", f"{count / max(total, 1):.2%}", "")
     console = Console()
