@@ -201,6 +201,8 @@ def _keep_sparsity(cfg: DictConfig, callbacks: list[Callback], trainer: Trainer)
 def _check(cfg: DictConfig) -> None:
     if "strategies" in cfg:
         raise ValueError("The experiment is a comparison of many runs: give it to scripts/compare.py.")
+    if "tasks" in cfg:
+        raise ValueError("The experiment is of several tasks: give it to scripts/packnet.py.")
     check_started()
     check_complete(cfg)
     check_types(cfg)

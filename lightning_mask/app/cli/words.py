@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 _DOES = {
     "train": "Train a network by mask.",
     "compare": "Compare ways of choosing a mask.",
+    "packnet": "Train several tasks in one network, each in what the earlier ones left free.",
     "prune": "Prune a network without training.",
     "export": "Write the network of a run for use elsewhere.",
 }
