@@ -4,13 +4,15 @@ import os
 import time
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_mask.app.report import sections, tensors
 from lightning_mask.app.report.markup import Content, Markup, tag
 from lightning_mask.app.report.reading import Run, previous_run, read_run
 from lightning_mask.app.report.style import STYLE
 from lightning_mask.core.files import whole_file
 
-__all__ = ["write_report"]
+__all__ = ["try_report", "write_report"]
 
 PAGE = "report.html"
 # Nothing is fetched and no script runs, whatever names in the run say.
@@ -108,3 +110,11 @@ def _notes(run: Run) -> list[str]:
     if run.summary and not any(name.startswith("test/") for name in run.metrics):
         notes.append("The run was not tested.")
     return notes
+
+
+def try_report(run_folder: str | os.PathLike[str]) -> None:
+    """Write the page of a run that has just ended; what goes wrong there is said, and does not make the run a failure."""
+    try:
+        write_report(run_folder)
+    except Exception as error:
+        rank_zero_warn(f"{PAGE} was not written: {type(error).__name__}: {error}")
