@@ -25,6 +25,7 @@ from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.delta import RunDelta
 from lightning_mask.app.launch import agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.ranks import check_started, words_for_rank
+from lightning_mask.app.report import try_report
 from lightning_mask.app.sparsity import write_sparsity
 from lightning_mask.app.summary import print_summary, summarise, write_json
 from lightning_mask.app.throughput import Throughput
@@ -143,6 +144,8 @@ def _run(
     summary = _keep(cfg, model, trainer, metrics=metrics, mask=facts, seconds=seconds, tested=weights)
     delta.write(lambda: _model(cfg, data), _weights_to_test(callbacks)[1] or model, facts, metrics)
     if trainer.is_global_zero:
+        if cfg.get("report") and not cfg.trainer.fast_dev_run:
+            try_report(cfg.paths.output_dir)
         print_summary(summary, Path(cfg.paths.output_dir))
     return metrics
 

@@ -32,7 +32,7 @@ from lightning_mask.app.summary import write_json
 RESULT = "trial.json"
 OUTPUT = "output.txt"
 # What a person looks at while one run goes on, and what a run can be resumed from, are of no use to many short ones.
-QUIET = ("callbacks=report", "logger=none", "delta=false")
+QUIET = ("callbacks=report", "logger=none", "delta=false", "report=false")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def digest(cfg: DictConfig) -> str:
     """
     content = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(content, dict)
-    made = {name: value for name, value in content.items() if name not in ("paths", "task_name", "tags")}
+    made = {name: value for name, value in content.items() if name not in ("paths", "task_name", "tags", "report")}
     return hashlib.sha256(json.dumps(_said(made), sort_keys=True, default=str).encode()).hexdigest()
 
 
