@@ -9,4 +9,14 @@ from lightning_mask.callbacks.preemption import Preempted, Preemption
 from lightning_mask.callbacks.prune import PruneMask
 from lightning_mask.callbacks.report import RunReport
 
-__all__ = ["FreezeMask", "GradientMask", "Phase", "LogPictures", "PhaseUnfreeze", "Preempted", "Preemption", "PruneMask", "RunReport"]
+__all__ = [
+    "FreezeMask",
+    "GradientMask",
+    "LogPictures",
+    "Phase",
+    "PhaseUnfreeze",
+    "Preempted",
+    "Preemption",
+    "PruneMask",
+    "RunReport",
+]
