@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_mask.callbacks.saving import is_settled, save_last
+from lightning_mask.callbacks.saving import is_settled, save_last, validation_follows
 from lightning_mask.callbacks.signals import listen_again, listening, numbers, request_requeue, told
 from lightning_mask.core.distributed import world_size
 
@@ -38,8 +38,9 @@ class Preemption(Checkpoint):
     The signal itself is only noted, so it may fall anywhere: into a step, a criterion's calibration, a checkpoint being
     written. When a step ends, each rank hands in what it has noted, and when the next one ends all know what any rank had: the
     one number that is reduced travels while that step is computed, and nobody waits for it. The checkpoint is taken at the end
-    of an accumulation window, behind a validation that was due, and behind the end of an epoch, so that the run goes on from
-    it as if it had never stopped; before the first step there is nothing to save. Then :class:`Preempted` is raised.
+    of an accumulation window, behind a validation that was due, and not between two epochs but a step later, so that the run
+    goes on from it as if it had never stopped; before the first step there is nothing to save. Then :class:`Preempted` is
+    raised.
 
     Replaces Lightning's own handlers, which save inside of the signal handler: ranks that are at different places then wait for
     each other for ever.
@@ -83,20 +84,12 @@ class Preemption(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at what the ranks handed in at the step before, and hand in anew."""
-        if is_settled(trainer) and not _ends(trainer):
+        if is_settled(trainer) and not _ends(trainer) and not validation_follows(trainer):
             self._stop_if(trainer, self._known_since_last(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop behind a validation in the middle of an epoch."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            loop = trainer.fit_loop.epoch_loop
-            in_window = trainer.lightning_module.automatic_optimization and loop._should_accumulate()
-            if not (in_window or loop._num_ready_batches_reached() or _ends(trainer)):
-                self._stop_if(trainer, self._known(trainer))
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop behind an epoch."""
-        if not _ends(trainer):
+        """Stop behind a validation: a run that went on from before it would leave it out."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and is_settled(trainer) and not _ends(trainer):
             self._stop_if(trainer, self._known(trainer))
 
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -185,10 +178,11 @@ def _environment(trainer: Trainer) -> Any:
 
 
 def _ends(trainer: Trainer) -> bool:
-    """Whether training is over with this step or epoch anyway."""
-    steps, epochs, loop = trainer.max_steps, trainer.max_epochs, trainer.fit_loop
+    """Whether training is over with this step anyway."""
+    steps, epochs, loop = trainer.max_steps, trainer.max_epochs or -1, trainer.fit_loop
+    last = loop.epoch_loop._num_ready_batches_reached()
     return (
         (steps != -1 and trainer.global_step >= steps)
-        or (epochs is not None and epochs != -1 and loop.epoch_progress.current.processed >= epochs)
+        or (epochs != -1 and last and loop.epoch_progress.current.ready >= epochs)
         or (trainer.should_stop and loop._can_stop_early)
     )

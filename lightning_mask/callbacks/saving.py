@@ -32,14 +32,16 @@ def save_last(trainer: Trainer, path: Path) -> None:
 
 
 def is_settled(trainer: Trainer) -> bool:
-    """Whether, when a training batch ends, a checkpoint holds all there is to know of the step.
+    """Whether a run can go on exactly from a checkpoint that is taken now, behind a training batch or a validation.
 
-    It does not in the middle of an accumulation window, whose gradients are in no checkpoint; nor where a validation or the
-    end of the epoch follows, which a run that goes on from there would leave out.
+    It cannot from the middle of an accumulation window, whose gradients are in no checkpoint; nor from the last batch of an
+    epoch, as Lightning then leaves out the end of the epoch, or does it twice: better take one more step. Where an epoch has but
+    one step, there is no other moment.
     """
-    loop = trainer.fit_loop.epoch_loop
-    in_window = trainer.lightning_module.automatic_optimization and loop._should_accumulate()
-    return not (in_window or loop._num_ready_batches_reached() or validation_follows(trainer))
+    loop, ready = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    if trainer.lightning_module.automatic_optimization and loop._should_accumulate():
+        return False
+    return not loop._num_ready_batches_reached() or ready <= trainer.accumulate_grad_batches
 
 
 def validation_follows(trainer: Trainer) -> bool:

@@ -74,6 +74,8 @@ def _child(rank: int, ranks: int, port: int, function: Function, arguments: tupl
             }
         function(*arguments)
         code = 0
+    except SystemExit as ending:
+        code = int(ending.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
