@@ -1,5 +1,6 @@
 """Allocations: how a budget of entries is shared among the tensors in scope."""
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ def erk(shapes: Shapes, budget: Budget) -> Groups:
     """Erdos-Renyi-Kernel: a tensor's density is proportional to ``sum(shape) / prod(shape)``, at most 1.
 
     Source: Evci et al., "Rigging the Lottery" (2020), section 3 (1); Mocanu et al. (2018) without the kernel dimensions.
-    Tensors that would pass 1 are kept whole and the rest is scaled again; the counts add up to the budget exactly
-    (largest remainders first).
+    Tensors that would pass 1 are kept whole and the rest is scaled again; the counts add up to the budget exactly, and none
+    falls when the budget grows.
     """
     sizes = _sizes(shapes)
     weights = {
@@ -102,7 +103,11 @@ def of_each_row(keep: int, rows: int) -> tuple[int, int]:
 
 
 def _in_proportion(weights: Mapping[str, float], sizes: Mapping[str, int], total: int) -> Groups:
-    """Share ``total`` in proportion to ``weights``, none above its size; what is cut off is shared among the others."""
+    """Share ``total`` in proportion to ``weights``, none above its size; what is cut off is shared among the others.
+
+    Shares are rounded by Webster's method: the next entry goes where ``(count + 0.5) / weight`` is least, to the first of
+    equal ones. So a larger total gives no tensor less, and along a ramp what is pruned can stay pruned.
+    """
     whole: set[str] = set()
     while True:
         free = [name for name in sizes if name not in whole]
@@ -113,21 +118,18 @@ def _in_proportion(weights: Mapping[str, float], sizes: Mapping[str, int], total
         if not over:
             break
         whole |= over
-    wanted = {name: float(size) if name in whole else unit * weights[name] for name, size in sizes.items()}
-    return [([name], count) for name, count in largest_remainders(wanted, sizes, total).items()]
-
-
-def largest_remainders(wanted: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, int]:
-    """Round ``wanted`` to whole numbers that add up to ``total``, none above its size."""
-    counts = {name: min(math.floor(value), sizes[name]) for name, value in wanted.items()}
-    order = sorted(wanted, key=lambda name: counts[name] - wanted[name])
-    missing = total - sum(counts.values())
-    while missing > 0:
-        room = [name for name in order if counts[name] < sizes[name]][:missing]
-        for name in room:
-            counts[name] += 1
-        missing -= len(room)
-    return counts
+    least = (
+        unit - len(free) / (2 * weight) if weight else 0.0
+    )  # rounding cannot bring the entries per weight below this
+    counts = {name: max(min(math.floor(least * weights[name] - 1.5), size), 0) for name, size in sizes.items()}
+    queue = [((counts[n] + 0.5) / weights[n], i, n) for i, (n, size) in enumerate(sizes.items()) if counts[n] < size]
+    heapq.heapify(queue)
+    for _ in range(total - sum(counts.values())):
+        _, i, name = heapq.heappop(queue)
+        counts[name] += 1
+        if counts[name] < sizes[name]:
+            heapq.heappush(queue, ((counts[name] + 0.5) / weights[name], i, name))
+    return [([name], count) for name, count in counts.items()]
 
 
 ALLOCATIONS: dict[str, Callable[[Shapes, Budget], Groups]] = {

@@ -39,8 +39,8 @@ def test_uniform_gives_each_tensor_its_own_share():
     assert pruned == [(["a"], 15), (["b"], 9), (["c"], 5), (["d"], 75)]
 
 
-def test_uniform_with_a_number_gives_largest_remainders():
-    # 50 of 139: shares 7.19, 4.32, 2.52, 35.97; the floors make 48; the largest remainders are d and c
+def test_uniform_with_a_number_is_rounded_in_proportion():
+    # 50 of 139: shares 7.19, 4.32, 2.52, 35.97, which round to 50
     assert allocation.get("uniform")(SHAPES, Budget(50)) == [(["a"], 7), (["b"], 4), (["c"], 3), (["d"], 36)]
 
 
@@ -92,6 +92,18 @@ def test_counts_add_up_exactly_and_fit(shapes: list[list[int]], fraction: float,
         assert all(0 <= kept <= sum(sizes[x] for x in names) for names, kept in groups), (name, groups)
         if name not in ("uniform", "row") or as_number:
             assert sum(kept for _, kept in groups) == budget.keep(n), name
+
+
+def test_a_larger_budget_gives_no_tensor_less():
+    # rounded by largest remainders, b would get 1 of 32 entries and 2 of 60
+    shapes = {"a": (25, 5), "b": (1, 2), "c": (20, 20), "d": (5, 21), "e": (11, 4)}
+    for name in ("erk", "uniform", "row"):
+        before = dict.fromkeys(shapes, 0)
+        for total in range(sum(math.prod(s) for s in shapes.values()) + 1):
+            counts = {names[0]: kept for names, kept in allocation.get(name)(shapes, Budget(total))}
+            assert sum(counts.values()) == total
+            assert all(counts[n] >= before[n] for n in shapes), (name, total)
+            before = counts
 
 
 def test_more_entries_than_there_are_is_refused():
