@@ -85,12 +85,13 @@ def packnet(cfg: DictConfig) -> list[Task]:
     used = MaskSet({name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()})
     tasks: list[Task] = []
     deltas: dict[str, Delta] = {}
+    reads: dict[str, MaskSet] = {}  # the shared entries that a task's predictions rest on: its own and earlier ones
     logits: dict[str, Tensor] = {}
     for name in cfg.tasks:
         masks, own = _learn(cfg, name, model, data[name], used)
         logits[name], labels = predict(cfg, model, data[name])
         accuracy = _accuracy(logits[name], labels)
-        used = used | MaskSet({n: mask & (n not in own) for n, mask in masks.items()})
+        reads[name] = used = used | MaskSet({n: mask & (n not in own) for n, mask in masks.items()})
         path = folder / name / "delta.safetensors"
         save_delta(path, base, model, used | masks, metrics={"test/accuracy": accuracy})
         deltas[name] = Delta.load(path)
@@ -98,12 +99,14 @@ def packnet(cfg: DictConfig) -> list[Task]:
         mine = sum(size for n, size in sizes.items() if n in own)
         tasks.append(Task(name, sum(sizes.values()) - mine, mine, path.stat().st_size, {name: accuracy}))
         rank_zero_info(f"{name}: test accuracy {accuracy:.4f}, {tasks[-1].active:,} shared entries taken")
-        model.load_state_dict(base)
+        now = _copied(model)
         for task in tasks[:-1]:
-            task.accuracy[name] = _look_again(cfg, task, model, data[task.name], deltas[task.name], logits[task.name])
-        switch(model, deltas[name])
-        shared = {n: t for n, t in model.state_dict().items() if n in used and n not in own}
-        model.load_state_dict(base | shared)  # the next task finds what was trained, and starts its own tensors anew
+            _become(model, base, deltas[task.name], now, reads[task.name])
+            today, labels = predict(cfg, model, data[task.name])
+            task.accuracy[name] = _accuracy(today, labels)
+            task.equal = task.equal and torch.equal(today, logits[task.name])
+        # The next task finds what was trained, and starts its own tensors anew.
+        model.load_state_dict(base | {n: now[n] for n in used if n not in own})
     _time(model, base, tasks, deltas)
     _write(tasks, folder, cfg, time.time() - started)
     _print(tasks, folder)
@@ -175,15 +178,15 @@ def _learn(
     return masks, own
 
 
-def _look_again(
-    cfg: DictConfig, task: Task, model: LightningModule, data: LightningDataModule, delta: Delta, before: Tensor
-) -> float:
-    """Test an earlier task on the network of today, with its delta; compare its logits with those of its day."""
-    undo = switch(model, delta)
-    logits, labels = predict(cfg, model, data)
-    switch(model, undo)
-    task.equal = task.equal and torch.equal(logits, before)
-    return _accuracy(logits, labels)
+def _become(model: LightningModule, base: State, delta: Delta, now: State, reads: MaskSet) -> None:
+    """Make the network an earlier task's: its own tensors from its delta, the shared entries as they are now.
+
+    Those that later tasks took are the base's. If an entry that the task rests on was not held, it shows.
+    """
+    model.load_state_dict(base)
+    switch(model, delta)
+    own = {n: tensor for n, tensor in model.state_dict().items() if n not in reads or not reads[n].any()}
+    model.load_state_dict(own | {n: torch.where(m, now[n], base[n]) for n, m in reads.items() if n not in own})
 
 
 def _time(model: LightningModule, base: State, tasks: Sequence[Task], deltas: Mapping[str, Delta]) -> None:
