@@ -203,7 +203,7 @@ def _keep_sparsity(cfg: DictConfig, callbacks: list[Callback], trainer: Trainer)
 
 def _check(cfg: DictConfig) -> None:
     if "strategies" in cfg:
-        raise ValueError("The experiment is a comparison of many runs: give it to scripts/compare.py.")
+        raise ValueError("The experiment is a comparison of many runs: give it to lightning-mask compare.")
     if "tasks" in cfg:
         raise ValueError("The experiment is of several tasks: give it to scripts/packnet.py.")
     check_started()

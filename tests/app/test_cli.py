@@ -421,18 +421,47 @@ sys.exit(f"imported: {heavy}" if heavy else 0)
 # Hydra's words.
 
 
-def test_words_go_to_hydra_and_a_job_sees_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = ["lightning-mask", "export", "run=x", "--config-dir", "."]
+def test_words_go_to_hydra_and_every_job_sees_the_whole_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen: list[Any] = []
 
     def job(cfg: DictConfig) -> None:
-        seen.extend([cfg.run, sys.argv])
+        seen.append((cfg.run, sys.argv))
 
-    monkeypatch.setattr(sys, "argv", whole)
+    for words in (["run=x", "--config-dir", "."], ["--multirun", "run=x,y", f"hydra.sweep.dir={tmp_path}"]):
+        whole = ["lightning-mask", "export", *words]
+        monkeypatch.setattr(sys, "argv", whole)
+        GlobalHydra.instance().clear()
+        launch.run(job, config_path(), "export", words)
+        assert sys.argv is whole
+        assert all(argv is whole for _, argv in seen)
+        assert [run for run, _ in seen] == (["x", "y"] if "--multirun" in words else ["x"])
+        seen.clear()
+
+
+def test_what_a_run_leaves_can_be_looked_at(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    argv = list(sys.argv)
     GlobalHydra.instance().clear()
-    launch.run(job, config_path(), "export", whole[2:])
-    assert seen == ["x", whole]
-    assert sys.argv is whole
+    code, out, _ = run("train", *TINY, "hydra.run.dir=runs/one", "test=false")
+    assert code == 0
+    assert "runs/one" in out
+    assert sys.argv == argv
+    page = Path("runs/one/report.html")
+    page.unlink(missing_ok=True)
+    shown: list[str] = []
+    monkeypatch.setattr(click, "launch", shown.append)
+    assert told(run, "report", "runs/one") == {"run": "runs/one", "report": str(page)}
+    assert page.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
+    assert shown == []
+    assert run("report", "runs/one", "--open") == (0, f"{page}\n", "")
+    assert shown == [str(page)]
+    before = page.read_bytes()
+    for words in (["runs/one", "--previous", "runs/one"], ["runs"], ["nowhere"]):
+        assert words[-1] in refused(run, "report", *words)
+    assert page.read_bytes() == before
+    summary = json.loads(Path("runs/one/summary.json").read_text())
+    assert told(run, "mask", "show", "runs/one/masks.safetensors")["active"] == summary["mask"]["active"]
 
 
 def test_a_wrong_word_of_hydra_ends_with_exit_code_2(run: Run) -> None:
@@ -477,13 +506,13 @@ TWO = [*TINY, "trainer=ddp_cpu", "logger=none", "test=false", "trainer.max_steps
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "seeds"),
-    [(["seed=3", "hydra.run.dir=one"], [3]), (["--multirun", "seed=1,2", "hydra.sweep.dir=two"], [1, 2])],
+    ("words", "folder"),
+    [(["hydra.run.dir=one"], "one"), (["--multirun", "hydra.sweep.dir=two"], "two/0")],
     ids=["run", "sweep"],
 )
-def test_train_starts_all_ranks_of_each_job(words: list[str], seeds: list[int], tmp_path: Path) -> None:
-    done = command(str(BIN), "train", *words, *TWO, cwd=tmp_path, OMP_NUM_THREADS="1")
+def test_train_starts_all_ranks(words: list[str], folder: str, tmp_path: Path) -> None:
+    done = command(str(BIN), "train", *words, "seed=3", *TWO, cwd=tmp_path, timeout=280, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout
-    summaries = [json.loads(file.read_text()) for file in sorted(tmp_path.rglob("summary.json"))]
-    assert [(summary["seed"], summary["world_size"]) for summary in summaries] == [(seed, 2) for seed in seeds]
-    assert all(summary["mask"]["held_changed"] == 0 for summary in summaries)
+    summary = json.loads((tmp_path / folder / "summary.json").read_text())
+    assert (summary["seed"], summary["world_size"], summary["mask"]["held_changed"]) == (3, 2, 0)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.partition("/")[0]]

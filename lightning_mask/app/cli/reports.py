@@ -17,22 +17,25 @@ from lightning_mask.app.cli.output import AS_JSON, FILES, as_json
     default=None,
     help="Whether a browser shows the page. Without either: where this is a terminal on a screen.",
 )
+@click.option(
+    "--previous", type=FILES, help="Folder of the run to compare with; default: the newest older one beside this one."
+)
 @AS_JSON
-def report(run: Path, opens: bool | None, json: bool) -> None:
+def report(run: Path, opens: bool | None, previous: Path | None, json: bool) -> None:
     """Write the page of a run, and show it.
 
     report.html goes into the run's folder, RUN, and needs no other file. It says what was held, shows the phases with loss and
-    learning rates, the density by layer and the test figures, and compares them with the run before.
+    learning rates, the density by layer and the test figures, and compares it all with the run before.
 
     \b
     Examples:
       lightning-mask report logs/train/runs/<run>
       lightning-mask report logs/train/runs/<run> --no-open
-      lightning-mask report logs/train/runs/<run> --json
+      lightning-mask report logs/train/runs/<run> --previous logs/train/runs/<other>
     """
     from lightning_mask.app.report import write_report
 
-    page = write_report(run)
+    page = write_report(run, previous=previous)
     if json:
         as_json({"run": str(run), "report": str(page)})
     else:
