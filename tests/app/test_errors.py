@@ -32,7 +32,7 @@ CASES = [
     (["data=csv"], ["data.source.path has no value yet"]),
     (["model=hf"], ["model.model has no value yet"]),
     (["data=csv", "data.source.path=/no/rows.csv"], ["/no/rows.csv"]),
-    (["data=mnist5k"], ["TextClassifier does not go with ImageData", "model=resnet or model=efficientnet_lite0"]),
+    (["data=mnist5k"], ["TextClassifier does not go with ImageData", "model=resnet, model=efficientnet_lite0"]),
     (["data=tweets", "model=smollm2"], ["CausalLM does not go with TextData", "model=minilm"]),
     (["data=reviews_lm"], ["TextClassifier does not go with LanguageData", "model=smollm2"]),
     (["experiment=smollm2_reviews", "data.prompt=What?"], ["prompt must have {text} in it"]),

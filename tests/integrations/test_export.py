@@ -38,8 +38,8 @@ def test_a_run_becomes_a_folder_that_transformers_loads_alone(tmp_path: Path) ->
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "tiny")
     rows = [f"{word} film number {i},{mood}" for i in range(40) for word, mood in (("good", "glad"), ("bad", "sad"))]
     (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    words = f"model=hf model.model={tmp_path}/tiny data=csv data.source.path={tmp_path}/rows.csv data.tokenizer=minilm mask=fisher"
-    words += " mask.density=0.05 trainer=cpu trainer.max_steps=4 trainer.val_check_interval=2 logger=none lr=1e-2"
+    words = f"model=hf model.model={tmp_path}/tiny data=csv data.source.path={tmp_path}/rows.csv data.tokenizer=minilm"
+    words += " mask=fisher mask.density=0.05 trainer=cpu trainer.max_steps=4 trainer.val_check_interval=2 logger=none lr=1e-2"
     words += f" data.cache_dir={tmp_path}/cache hydra.run.dir={tmp_path}/run callbacks.progress.refresh_rate=0"
     done = subprocess.run(
         [sys.executable, str(REPO / "scripts/train.py"), *words.split()],
@@ -65,7 +65,7 @@ def test_a_run_becomes_a_folder_that_transformers_loads_alone(tmp_path: Path) ->
         check=False,
     )
     assert plain.returncode == 0, plain.stderr
-    assert plain.stdout.split() == "{0: 'glad', 1: 'sad'} torch.Size([2, 2])".split()
+    assert plain.stdout.strip() == "{0: 'glad', 1: 'sad'} torch.Size([2, 2])"
 
 
 def test_what_is_no_model_of_transformers_is_refused_and_nothing_written(tmp_path: Path) -> None:
