@@ -89,4 +89,7 @@ def shaded(words: Content, depth: float, title: str) -> Markup:
         depth: How strongly it is coloured, in [0, 1].
         title: What is said of it where the pointer rests.
     """
-    return tag("td", words, title=title, class_="dark" if depth > 0.55 else None, style=f"--d:{depth:.3f}")
+    kind = (
+        "deep" if depth > 0.82 else "mid" if depth > 0.55 else None
+    )  # the words' colour, which the theme has a say in
+    return tag("td", words, title=title, class_=kind, style=f"--d:{depth:.3f}")

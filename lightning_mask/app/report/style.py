@@ -90,7 +90,7 @@ table.heat { width: auto; border-collapse: separate; border-spacing: 2px; }
 .heat td { min-width: 46px; height: 26px; border-radius: 4px; text-align: center; font-size: 11.5px;
   white-space: nowrap; padding: 0 4px;
   background: color-mix(in srgb, var(--active) calc(var(--d) * 100%), var(--track)); }
-.heat td.dark { color: var(--on); } .heat td.none { background: none; }
+.heat td.deep { color: var(--on); } .heat td.none { background: none; }
 .heat th code { font-size: 12px; }
 .scale { display: flex; flex-wrap: wrap; gap: 4px 12px; font-size: 12.5px; color: var(--soft); margin: 6px 0 4px;
   align-items: center; }
@@ -116,5 +116,15 @@ footer { color: var(--soft); font-size: 13px; margin-top: 22px; overflow-wrap: a
 .bar { width: 70px; }
 header { gap: 12px; }
 header svg { width: 36px; height: 36px; } }
+@media (max-width: 600px) {
+  td, th { padding: 6px; font-size: 13.5px; }
+  .names td:first-child, .values td:first-child { min-width: 112px; }
+  .names td code { overflow-wrap: anywhere; }
+  .names :is(th, td):is(:nth-child(2), :nth-child(6)) { display: none; }
+  .values td { min-width: 70px; }
+  .confusion td { min-width: 27px; padding: 0; font-size: 10.5px; }
+  .confusion th { padding: 0 3px; }
+}
+@media (prefers-color-scheme: dark) { .heat td.mid { color: var(--on); } }
 @media print { body { background: #fff; } section, .tile { break-inside: avoid; } }
 """

@@ -30,7 +30,7 @@ def layers(run: Run) -> Markup | None:
         "Density per layer",
         tag(
             "p",
-            "Share of the entries that train (of a pruned tensor: that live): blocks from left to right, tensors downwards.",
+            "Per cent of the entries that train (of a pruned tensor: that live); blocks from left to right, tensors downwards.",
             class_="soft",
         ),
         tag("div", scale, class_="scale"),
@@ -83,6 +83,7 @@ def held(run: Run) -> Markup | None:
     rows = [_held_row(tag("code", name), members) for name, members in groups[:_ROWS]]
     return section(
         "What trained and what was held",
+        tag("p", "As training ended.", class_="soft") if len(run.phases) > 1 else None,
         table(
             ("tensor", "tensors", "entries", "active", "density", "", "held by"),
             [*rows, _held_row("all", run.tensors)],
