@@ -35,6 +35,7 @@ class Reader(HTMLParser):
         self.words = ""
         self._style = False
         self.feed(page.read_text(encoding="utf-8"))
+        self.words = " ".join(self.words.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._style = tag == "style"
@@ -102,11 +103,13 @@ def test_a_run_leaves_its_page(config: Config, tmp_path: Path) -> None:
     assert "phase lifted" in pages[0].words
     assert "The run before is" not in pages[0].words
     assert "Sparsity over time" in pages[1].words
-    assert "The run before is  first" in pages[1].words
+    assert "The run before is first" in pages[1].words
 
 
 def test_each_phase_shows_what_it_trained(config: Config, tmp_path: Path) -> None:
-    train(config(*TINY, "mask=gradual_unfreeze", "mask.every='1 steps'", "logger=none", "test=false"))
+    words = ["logger=none", "test=false", "report=false"]
+    train(config(*TINY, *words, "mask=gradual_unfreeze", "mask.every='1 steps'"))
+    assert not (tmp_path / "run/report.html").exists()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     phases, held = summary["mask"]["phases"], summary["mask"]["phase_active"]
     assert [each["phase"] for each in held] == [phase["phase"] for phase in phases]
@@ -114,7 +117,7 @@ def test_each_phase_shows_what_it_trained(config: Config, tmp_path: Path) -> Non
     assert totals == sorted(set(totals)), "each phase trains more than the one before"
     assert totals[0] == 170
     assert totals[-1] == summary["mask"]["active"]
-    page = Reader(tmp_path / "run/report.html")
+    page = Reader(write_report(tmp_path / "run"))
     assert all(f"phase {phase['name']}" in page.words for phase in phases)
     assert "There are no curves" in page.words
 
@@ -126,14 +129,14 @@ def test_the_newest_older_run_is_compared_with_and_differences_are_named(tmp_pat
     folder_of_a_run(tmp_path / "later", started=4e9)
     (tmp_path / "other").mkdir()
     page = Reader(write_report(run))
-    assert "The run before is  before" in page.words
-    for row in ("test/accuracy  0.4  0.55  +0.15", "lr  0.002  0.001", "mask.score  fisher  snip"):
+    assert "The run before is before" in page.words
+    for row in ("test/accuracy 0.4 0.55 +0.15", "lr 0.002 0.001", "mask.score fisher snip"):
         assert row in page.words
-    assert "seed  0" not in page.words.split("What was done differently")[1].split("Configuration")[0]
-    assert "The run before is  old" in Reader(write_report(run, previous=tmp_path / "old")).words
+    assert "seed 0" not in page.words.split("What was done differently")[1].split("Configuration")[0]
+    assert "The run before is old" in Reader(write_report(run, previous=tmp_path / "old")).words
     assert "The run before" not in Reader(write_report(tmp_path / "old")).words
     (tmp_path / "before/summary.json").write_text('{"metrics"')
-    assert "The run before is  old" in Reader(write_report(run)).words, "a damaged neighbour is passed over"
+    assert "The run before is old" in Reader(write_report(run)).words, "a damaged neighbour is passed over"
 
 
 def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
@@ -149,7 +152,7 @@ def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
     (run / "metrics.csv").write_text("step," + '"<script>x</script>"\n0,1\n1,2\n')
     before = folder_of_a_run(tmp_path / "<script>before", **{"b<script>": evil[:-1]})
     page = Reader(write_report(run, previous=before))
-    assert not {"script", "img", "b"} & set(page.tags) - {"b"}
+    assert not {"script", "img"} & set(page.tags)
     assert not page.handlers
     assert page.words.count("<script>alert('1')</script><img src=x onerror=alert(2)>\"&amp;") > 8
 
@@ -185,8 +188,8 @@ def test_a_run_that_was_killed(tmp_path: Path) -> None:
     words = Reader(write_report(run)).words
     assert "no summary.json" in words
     assert "19 steps" in words
-    assert "masked  0" in words
-    assert "lifted  10" in words
+    assert "masked 0" in words
+    assert "lifted 10" in words
 
 
 def test_the_figures_of_a_run_that_went_on_in_its_folder(tmp_path: Path) -> None:
@@ -240,11 +243,6 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"report\.html was not written"):
         try_report(run)
     assert not [file for file in run.iterdir() if file.name.endswith(".tmp")]
-
-
-def test_a_run_may_do_without(config: Config, tmp_path: Path) -> None:
-    train(config(*TINY, "report=false", "logger=none", "test=false", "trainer.max_steps=1"))
-    assert not (tmp_path / "run/report.html").exists()
 
 
 @pytest.mark.slow
