@@ -21,6 +21,12 @@ from lightning_mask.callbacks.heat_map import draw_confusion, draw_heat_map, gri
 PHASES = [{"until": "2 steps", "train": "head", "name": "head"}, {"train": "*", "name": "all of $it$"}]
 
 
+def needs(package: str) -> Any:
+    """Skip a test where a logger's package, which is large, is not installed."""
+    reason = f'no {package}: pip install "lightning-mask[loggers]"'
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=reason)
+
+
 class Net(LightningModule):
     """Two blocks and a head; it keeps a confusion matrix, as our classifiers do."""
 
@@ -88,7 +94,7 @@ def test_without_matplotlib_one_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module_of_pictures, "find_spec", lambda name: None)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         run([CSVLogger(tmp_path, "csv", "")], tmp_path, PhaseUnfreeze(PHASES), LogPictures())
     assert [record.getMessage() for record in caplog.records if "Matplotlib" in record.getMessage()] == [
         'No pictures are logged: they need Matplotlib, pip install "lightning-mask[compare]".'
@@ -101,7 +107,7 @@ def test_nothing_is_drawn_where_nobody_takes_it(tmp_path: Path, monkeypatch: pyt
     run([], tmp_path, PhaseUnfreeze(PHASES), LogPictures())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason='needs pip install "lightning-mask[loggers]"')
+@needs("wandb")
 @pytest.mark.slow
 def test_weights_and_biases_keeps_them_offline(tmp_path: Path) -> None:
     import wandb
@@ -113,6 +119,23 @@ def test_weights_and_biases_keeps_them_offline(tmp_path: Path) -> None:
     assert len(list(folder.glob("test/confusion_matrix_*.png"))) == 1
 
 
+@needs("mlflow")
+@pytest.mark.slow
+def test_mlflow_keeps_them_as_artifacts(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    place = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "artifact_location": str(tmp_path / "artifacts")}
+    logger = MLFlowLogger("test", **place)
+    run([logger], tmp_path, PhaseUnfreeze(PHASES), LogPictures())
+    assert logger.experiment.get_run(logger.run_id).data.metrics["mask/active"] == 50
+    kept = [path.name for path in tmp_path.glob("artifacts/*/artifacts/images/*.png")]
+    assert sorted(name.partition("+timestamp")[0] for name in kept) == [
+        "mask~heat_map+step+0",
+        "mask~heat_map+step+2",
+        "test~confusion_matrix+step+4",
+    ]
+
+
 def test_grids_follow_the_blocks() -> None:
     tensors = [("stem.0.weight", 1, 2), ("stem.1.weight", 1, 2), ("h.0.1.q.weight", 3, 9), ("h.1.0.q.weight", 9, 9)]
     blocks, rest = grids([*tensors, ("h.1.0.k.bias", 0, 3), ("head.weight", 3, 3)])
@@ -122,7 +145,7 @@ def test_grids_follow_the_blocks() -> None:
 
 
 def test_pictures_of_odd_sizes_are_drawn() -> None:
-    many = [(f"h.{i}.q.weight", i % 3, 3) for i in range(100)]
-    for tensors in (many, [("weight", 0, 0)], [(f"layer{i}_$x$.{'y' * 300}", 1, 1) for i in range(70)]):
+    many = [(f"h.{i}.q.weight", i % 3, 3) for i in range(40)]
+    for tensors in (many, [("weight", 0, 0)], [(f"layer{i}_$x$.{'y' * 300}", 1, 1) for i in range(20)]):
         assert draw_heat_map(tensors, "a title").ndim == 3
-    assert draw_confusion([[1] * 60] * 60, [f"class {i}" for i in range(60)], "many").shape[2] == 3
+    assert draw_confusion([[1] * 35] * 35, [f"class {i}" for i in range(35)], "many").shape[2] == 3
