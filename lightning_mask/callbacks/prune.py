@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mask.callbacks.base import MaskCallback, plain
 from lightning_mask.callbacks.freeze import Strings, has_own, may_need_reference
@@ -20,8 +20,8 @@ from lightning_mask.core.criteria import Scores
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full, own
 from lightning_mask.core.patterns import resolve
-from lightning_mask.core.prunable import default_scope, emptied, largest_share, read_sparsity
-from lightning_mask.core.regrow import cosine_fraction, drop_and_grow
+from lightning_mask.core.prunable import check_emptied, constrained, default_scope, parts, read_sparsities
+from lightning_mask.core.regrow import cosine_fraction, drop_and_grow, growth
 from lightning_mask.core.schedules import Moment, Ramp, Run
 from lightning_mask.core.selection import (
     Selection,
@@ -111,7 +111,7 @@ class PruneMask(MaskCallback):
         check_engine(engine)
         self.engine = engine
         with _named():
-            self.sparsity, self.n_of_m = _read(plain(sparsity))
+            self.sparsity, self.n_of_m = read_sparsities(plain(sparsity))
             if self.n_of_m is not None:
                 schedule = "constant"
             criteria.get(score)
@@ -196,6 +196,11 @@ class PruneMask(MaskCallback):
         return self._names if criteria.accumulates(self.score) else []
 
     @property
+    def _shared_by(self) -> str:
+        """The allocation by which each tensor's zeros are known."""
+        return "uniform" if self.n_of_m is not None else self.allocation
+
+    @property
     def _names(self) -> list[str]:
         return [name for names, _ in self._parts for name in names]
 
@@ -211,7 +216,7 @@ class PruneMask(MaskCallback):
                     "tensors for itself; take it out of the scope of the other."
                 )
         if not self.prune_held:
-            check_reach(session, self._parts, "uniform" if self.n_of_m is not None else self.allocation)
+            check_reach(session, self._parts, self._shared_by)
 
     def prepare(self, session: Session) -> None:
         """Find the model's channels, where these are what is pruned."""
@@ -257,12 +262,25 @@ class PruneMask(MaskCallback):
         self._masks = MaskSet({name: full(True, parameters[name]) for name in self._names})
         self._last, self._updated, self.history = [0.0] * len(self._parts), -1, []
         self._rewind.forget()
-        if criteria.from_weights(self.score) and self.regrow not in ("random", "gradient"):
-            tensors = {name: parameters[name] for name in self._names}
-            scores = criteria.compute(self.score, dict(tensors), session.context(self.seed, self.batches))
-            final = [sparsity for _, sparsity in self._parts]
+        if session.phases is None and not self.prune_held and all(f.refresh is None for f in session.freezers):
+            check_reach(session, self._parts, self._shared_by, session.free())
+        final = [sparsity for _, sparsity in self._parts]
+        scores = self._scores_before_training(session)
+        if scores is not None:
             self._refuse_whole_layers(self._choose(scores, final, session), scores, final, session)
         session.say(self._cost(session))
+
+    def _scores_before_training(self, session: Session) -> Scores | None:
+        """Scores by which the last update will empty the same layers; None where these cannot be told yet, or may go."""
+        if self.allow_whole_layers or self.structure in _WHOLE or self.n_of_m is not None:
+            return None
+        parameters = dict(session.module.named_parameters())
+        if self.allocation != "global":  # each tensor has a budget of its own, whatever is in it
+            return {name: torch.zeros(()).expand(parameters[name].shape) for name in self._names}
+        if not criteria.from_weights(self.score) or self.regrow in ("random", "gradient"):
+            return None
+        tensors = {name: parameters[name] for name in self._names}
+        return criteria.compute(self.score, tensors, session.context(self.seed, self.batches))
 
     def advance(self, session: Session) -> str | None:
         """Keep the weights to rewind to when it is time, and go back to them after an update."""
@@ -285,20 +303,21 @@ class PruneMask(MaskCallback):
             return None
         self._last = sparsities
         parameters = {name: session.module.get_parameter(name) for name in self._names}
-        free = session.free()
+        free, keeps = session.free(), {"anew": self.regrow == "ste", "prune_held": self.prune_held}
         with engine.behind.opened():
             with engine.whole_gradients():
                 scores = criteria.compute(self.score, dict(parameters), session.context(self.seed, self.batches))
             for name, score in scores.items():
-                scores[name] = self._constrained(score, parameters[name], free[name], self.masks[name])
+                scores[name] = constrained(score, parameters[name], free[name], self.masks[name], **keeps)
         if self.regrow in ("random", "gradient"):
-            growth, fraction = self._growth(parameters, free, step), cosine_fraction(self.regrow_fraction, progress)
+            worth = growth(self.regrow, parameters, free, criteria.named_seed(self.seed, f"step {step}"))
+            fraction = cosine_fraction(self.regrow_fraction, progress)
             chosen = {
                 name: mask
                 for (names, _), sparsity in zip(self._parts, sparsities, strict=True)
                 for name, mask in drop_and_grow(
                     {n: scores[n] for n in names},
-                    {n: growth[n] for n in names},
+                    {n: worth[n] for n in names},
                     Budget(sparsity, removed=True),
                     self.allocation,
                     fraction,
@@ -321,16 +340,6 @@ class PruneMask(MaskCallback):
         budgets = [(n, Budget(s, removed=True)) for (n, _), s in zip(self._parts, sparsities, strict=True)]
         return choose(scores, budgets, self._units, self.allocation, session.module)
 
-    def _constrained(self, score: Tensor, parameter: Tensor, free: Tensor, alive: Tensor) -> Tensor:
-        """Scores under which what is pruned stays pruned (and can be regrown), and what is held and not zero stays."""
-        score = score.float()
-        if self.regrow != "ste":
-            score = score.masked_fill(~alive.to(score.device), -torch.inf)
-        if self.prune_held or active(free) == free.numel():
-            return score
-        held = ~free.to(score.device) & (parameter.detach() != 0).to(score.device)
-        return score.masked_fill(held, torch.inf)
-
     def _record(self, session: Session, masks: MaskSet) -> None:
         layers = {name: 1 - active(mask) / max(mask.numel(), 1) for name, mask in masks.items()}
         self.history.append({"step": session.step, "sparsity": 1 - masks.density(), "layers": layers})
@@ -352,22 +361,6 @@ class PruneMask(MaskCallback):
             of = f", {shown / total:.1%} of the run's own steps," if math.isfinite(total) else ""
             said += f"; the criterion may look at up to {shown:,} batches{of} in all"
         return f"{said}; as values and bits they take {_size(sparse)} instead of {_size(dense)}"
-
-    def _growth(self, parameters: dict[str, nn.Parameter], free: MaskSet, step: int) -> dict[str, Tensor]:
-        """What each entry is worth growing; what a FreezeMask or a phase holds is not grown."""
-        growth: dict[str, Tensor]
-        if self.regrow == "random":
-            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-            drawn = criteria.random_scores(shapes, criteria.named_seed(self.seed, f"step {step}"))
-            growth = {name: sharding.shard(score, parameters[name]) for name, score in drawn.items()}
-        else:
-            growth = {
-                n: torch.zeros_like(p) if p.grad is None else p.grad.detach().abs() for n, p in parameters.items()
-            }
-        for name, worth in growth.items():
-            finite = worth.to(parameters[name].device, torch.float32).nan_to_num(nan=0.0)
-            growth[name] = finite.masked_fill(~free[name].to(finite.device), -torch.inf)
-        return growth
 
     def _recipe(self, sparsities: list[float]) -> dict[str, Any]:
         sparsity: Any = sparsities[0]
@@ -392,36 +385,21 @@ class PruneMask(MaskCallback):
             raise ValueError(
                 "PruneMask: the model has no Linear, convolution or attention weight to prune; name tensors in scope."
             )
-        parts = self._split(names, module)
+        with _named():
+            found = parts(self.sparsity, names, module)
         parameters, transposed = dict(module.named_parameters()), transposed_weights(module)
-        for name in (name for mine, _ in parts for name in mine):
+        for name in (name for mine, _ in found for name in mine):
             if self.n_of_m is not None:
                 shape = tuple(parameters[name].shape)
                 check_n_of_m(f"PruneMask: {name}", shape, self.n_of_m[1], transposed.get(name, 0))
             if not parameters[name].is_floating_point():
                 raise ValueError(f"PruneMask: {name} is of dtype {parameters[name].dtype}, which cannot be pruned.")
         if self.n_of_m is None and self.structure != "channel":
-            shapes = {n: tuple(parameters[n].shape) for names, _ in parts for n in names if parameters[n].numel()}
+            shapes = {n: tuple(parameters[n].shape) for names, _ in found for n in names if parameters[n].numel()}
             with _named():
-                budgets = [(names, Budget(sparsity, removed=True)) for names, sparsity in parts]
+                budgets = [(names, Budget(sparsity, removed=True)) for names, sparsity in found]
                 share_out(shapes, budgets, self.structure, self.allocation, module)
-        return parts
-
-    def _split(self, names: list[str], module: nn.Module) -> list[tuple[list[str], float]]:
-        if not isinstance(self.sparsity, Mapping):
-            return [(names, self.sparsity)]
-        parts, left = [], dict.fromkeys(names)
-        for pattern, sparsity in self.sparsity.items():
-            mine = [name for name in resolve(pattern, module, "PruneMask: sparsity") if name in left]
-            if not mine:
-                raise ValueError(
-                    f"PruneMask: sparsity: the pattern {pattern!r} names no tensor in scope that an earlier pattern does not "
-                    "name; take it out, move it forward, or widen scope."
-                )
-            parts.append((mine, sparsity))
-            for name in mine:
-                del left[name]
-        return parts
+        return found
 
     def _refuse_held(self, masks: MaskSet, scores: Scores, free: MaskSet) -> None:
         for name, mask in masks.items():
@@ -444,16 +422,14 @@ class PruneMask(MaskCallback):
     def _refuse_whole_layers(
         self, masks: Mapping[str, Tensor], scores: Scores, sparsities: list[float], session: Session
     ) -> None:
-        whole = [] if self.allow_whole_layers or self.structure in ("tensor", "layer") else emptied(masks)
-        if not whole:
+        if self.allow_whole_layers or self.structure in _WHOLE:
             return
-        most = largest_share(lambda f: not emptied(self._choose(scores, [f * s for s in sparsities], session)))
-        raise ValueError(
-            f"PruneMask: sparsity {max(sparsities):.4f} would prune all of {whole[0]}"
-            f"{f' and {len(whole) - 1} more' if len(whole) > 1 else ''}, and no gradient passes such a layer; "
-            f"{most * max(sparsities):.4f} is about the most that leaves each layer something. Lower the sparsity, take "
-            f"{whole[0]} out of the scope, choose allocation='uniform' or 'erk', or set allow_whole_layers=True."
-        )
+
+        def at(share: float) -> dict[str, Tensor]:
+            return self._choose(scores, [share * s for s in sparsities], session)
+
+        with _named():
+            check_emptied(max(sparsities), at, masks)
 
     def own_state(self) -> dict[str, Any]:
         """Return the sparsity reached, what to rewind to, and the dense weights that learn behind the masks."""
@@ -471,6 +447,10 @@ class PruneMask(MaskCallback):
         self._dense = state.get("dense", {})
 
 
+_WHOLE = ("tensor", "layer")
+"""Structures whose units are whole tensors."""
+
+
 @contextmanager
 def _named() -> Iterator[None]:
     """Say in an error whose argument is at fault."""
@@ -478,18 +458,6 @@ def _named() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"PruneMask: {error}") from None
-
-
-def _read(sparsity: Any) -> tuple[float | dict[str, float], tuple[int, int] | None]:
-    """Read a sparsity, or a dict of them."""
-    if not isinstance(sparsity, Mapping):
-        return read_sparsity(sparsity)
-    if not sparsity:
-        raise ValueError("sparsity={} names nothing; give patterns and their shares, or one share.")
-    for pattern, each in sparsity.items():
-        if isinstance(each, str | Mapping):
-            raise ValueError(f"sparsity: {each!r} of the pattern {pattern!r} must be a share in [0, 1).")
-    return {pattern: read_sparsity(each)[0] for pattern, each in sparsity.items()}, None
 
 
 def _size(count: float) -> str:

@@ -1,7 +1,7 @@
 """Whether a sparsity can be reached beside what FreezeMask and PhaseUnfreeze hold: a held entry is not pruned."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -22,8 +22,14 @@ Parts = Sequence[tuple[list[str], float]]
 """Tensors in scope, and the final sparsity that they share; no tensor has two."""
 
 
-def check_reach(session: "Session", parts: Parts, allocation: str) -> None:
+def check_reach(session: "Session", parts: Parts, allocation: str, free: Mapping[str, Tensor] | None = None) -> None:
     """Refuse a sparsity that what is held for the whole run rules out.
+
+    Args:
+        session: Of the fit.
+        parts: What is to be pruned, and how far.
+        allocation: How the zeros of a part are shared.
+        free: Masks of what may change, where they are chosen already; None: what can be told before that.
 
     Raises:
         ValueError: Naming how much is held, and by whom.
@@ -36,12 +42,12 @@ def check_reach(session: "Session", parts: Parts, allocation: str) -> None:
         shapes = {name: turned_shape(tuple(t.shape), transposed.get(name, 0)) for name, t in tensors.items()}
         for names, keep in allocations.get(allocation)(shapes, Budget(sparsity, removed=True)):
             total = sum(tensors[name].numel() for name in names)
-            free = _free_of_all(session, names)
-            if total - keep > free and total - keep > free + sum(_zeros(tensors[n]) for n in names):
+            changes = _free_of_all(session, names) if free is None else sum(active(free[name]) for name in names)
+            if total - keep > changes and total - keep > changes + sum(_zeros(tensors[n]) for n in names):
                 of = "in scope" if len(names) == len(scope) else f"of {names[0]}"
-                held = f"FreezeMask holds all but {free:,} of them"
+                held = f"FreezeMask holds all but {changes:,} of them"
                 if not session.freezers:
-                    held = f"all but {free:,} of them do not train (requires_grad=False, or in no optimizer)"
+                    held = f"all but {changes:,} of them do not train (requires_grad=False, or in no optimizer)"
                 raise ValueError(
                     f"PruneMask: sparsity={sparsity} of the {total:,} entries {of} cannot be reached: {held}, and a held "
                     "entry is not pruned; let them train, give PruneMask a scope that trains, or set prune_held=True."

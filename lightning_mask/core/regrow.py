@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_mask.core import allocation
 from lightning_mask.core.allocation import Budget
+from lightning_mask.core.criteria import random_scores
 from lightning_mask.core.ranking import top_k
-from lightning_mask.core.sharding import count
+from lightning_mask.core.sharding import count, shard
 
 
 def cosine_fraction(fraction: float, progress: float) -> float:
@@ -18,6 +19,24 @@ def cosine_fraction(fraction: float, progress: float) -> float:
     Source: Evci et al., "Rigging the Lottery" (RigL, 2020), section 3 (2).
     """
     return fraction / 2 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def growth(kind: str, parameters: Mapping[str, Tensor], free: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Return what each entry is worth growing: ``-inf`` where it is held.
+
+    Args:
+        kind: ``"random"``, or ``"gradient"``: the larger its reduced gradient, the more.
+        parameters: By name, with their gradients.
+        free: Name to boolean, True = no FreezeMask and no phase holds the entry.
+        seed: Of a random choice.
+    """
+    if kind == "random":
+        drawn = random_scores({name: tuple(p.shape) for name, p in parameters.items()}, seed)
+        worth = {name: shard(score, parameters[name]) for name, score in drawn.items()}
+    else:
+        worth = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().abs() for n, p in parameters.items()}
+    finite = {n: w.to(parameters[n].device, torch.float32).nan_to_num(nan=0.0) for n, w in worth.items()}
+    return {name: w.masked_fill(~free[name].to(w.device), -torch.inf) for name, w in finite.items()}
 
 
 def drop_and_grow(

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from mask_nets import Net, Watch, fit, loader, weights
 from torch import Tensor, nn
 
-from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 
 SCOPE = [f"blocks.{i}.lin.weight" for i in (0, 1)]
 
@@ -142,6 +142,24 @@ def test_what_is_held_is_pruned_when_asked() -> None:
         assert bool(still.any())
 
 
+@pytest.mark.parametrize("engine", ["compact", "dense"])
+def test_what_a_phase_holds_behind_a_straight_through_mask_shows_the_same_until_it_is_lifted(engine: str) -> None:
+    """A pruned entry that is held does not come back, though its dense weight has grown, and none that shows is pruned."""
+    phases = [Phase("6 steps", train="*"), Phase("12 steps", train=["*", "!blocks.0"]), Phase(train="*")]
+    steps = {"start": "2 steps", "end": "15 steps", "every": "1 steps"}
+    pruner, watch, zeros = PruneMask(0.6, scope=SCOPE, regrow="ste", engine=engine, **steps), Watch(), []
+
+    class Count(Watch):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            zeros.append(sum(int((pl_module.get_parameter(n) == 0).sum()) for n in SCOPE))
+
+    fit(Net(), PhaseUnfreeze(phases), pruner, watch, Count())
+    ramp = [min(max(step - 2, 0) / 13, 1.0) for step in range(16)]
+    assert zeros == [math.floor(0.6 * (1 - (1 - t) ** 3) * 288 + 0.5) for t in ramp]
+    assert all(watch.moved_at(step).isdisjoint({SCOPE[0]}) for step in range(6, 12))
+    assert any(SCOPE[0] in watch.moved_at(step) for step in range(12, 16))
+
+
 def small_layer(net: Net) -> Net:
     with torch.no_grad():
         net.blocks[0].lin.weight.mul_(1e-3)
@@ -170,6 +188,49 @@ def test_a_layer_that_training_made_small_is_refused_when_its_update_is_due() ->
 
     with pytest.raises(ValueError, match=r"would prune all of blocks\.0\.lin\.weight"):
         fit(Net(), PruneMask(0.7, scope=SCOPE, start="4 steps", schedule="constant"), Shrinks())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"score": "taylor", "allocation": "uniform", "batches": 2},
+        {"score": "movement", "allocation": "erk"},
+        {"regrow": "gradient", "allocation": "uniform", "schedule": "constant"},
+        {"score": "snip", "allocation": "row", "batches": 2},
+    ],
+)
+def test_a_share_of_each_layer_that_leaves_one_nothing_is_refused_before_training_whatever_the_score(
+    arguments: dict[str, Any],
+) -> None:
+    watch = Watch()
+    with pytest.raises(
+        ValueError, match=r"PruneMask: sparsity 0\.9980 would prune all of (stem|blocks\.0\.lin)\.weight"
+    ):
+        fit(Net(), PruneMask(0.998, start="6 steps", end="12 steps", **arguments), watch)
+    assert len(watch.weights) == 0
+
+
+def test_what_freezemask_holds_of_one_layer_is_known_before_training() -> None:
+    """Of all entries it holds few, of one layer too many."""
+    watch, mask = Watch(), {n: torch.ones(12, 12, dtype=torch.bool) for n in SCOPE}
+    mask[SCOPE[0]][:7] = False
+    freeze = FreezeMask(["head"], mask=MaskSet(mask))
+    prune = PruneMask(0.5, scope=SCOPE, allocation="uniform", start="6 steps")
+    with pytest.raises(
+        ValueError, match=r"of the 144 entries of blocks\.0\.lin\.weight cannot be reached: FreezeMask holds"
+    ):
+        fit(Net(), prune, freeze, watch)
+    assert len(watch.weights) == 0
+
+    def farther_down(params: Any, context: Any) -> dict[str, Tensor]:
+        return {n: torch.full_like(p, float(n == SCOPE[1])) for n, p in params.items()}
+
+    choice = FreezeMask(["head"], score=farther_down, density=0.6, scope=SCOPE)
+    with pytest.raises(
+        ValueError, match=r"of the 144 entries of blocks\.0\.lin\.weight cannot be reached: FreezeMask holds"
+    ):
+        fit(Net(), prune, choice, watch)
+    assert len(watch.weights) == 0
 
 
 def test_the_record_and_the_logger_tell_the_sparsity_of_each_layer(tmp_path: Path) -> None:

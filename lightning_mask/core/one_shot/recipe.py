@@ -1,7 +1,7 @@
 """How a network is pruned without training, as a recipe of plain values, and what that means for a model."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning_mask.core.allocation import Budget
 from lightning_mask.core.one_shot.layers import Weight, weights_of
 from lightning_mask.core.one_shot.methods import METHODS, Quota, Settings
 from lightning_mask.core.patterns import Patterns, as_patterns, resolve
-from lightning_mask.core.prunable import default_scope, read_sparsity
+from lightning_mask.core.prunable import default_scope, largest_share, read_sparsity
 from lightning_mask.core.selection import check_n_of_m, check_patterns
 from lightning_mask.core.transposed import is_conv1d
 
@@ -104,7 +104,8 @@ class OneShot:
         keep = _kept(shapes, sparsity, self.shared)
         gone = [name for name, (r, w) in shapes.items() if not keep[name] and r * w]
         if gone and not self.allow_whole_layers:
-            most = _most(lambda s: all(_kept(shapes, s, self.shared).values()))
+            filled = {name: shape for name, shape in shapes.items() if math.prod(shape)}
+            most = largest_share(lambda share: all(_kept(filled, share, self.shared).values()))
             raise ValueError(
                 f"sparsity={self.sparsity} would prune all of {gone[0]}"
                 + (f" and {len(gone) - 1} more" * (len(gone) > 1))
@@ -129,8 +130,3 @@ class OneShot:
 def _kept(shapes: Mapping[str, tuple[int, int]], sparsity: float, allocation: str) -> dict[str, int]:
     groups = allocations.get(allocation)(shapes, Budget(sparsity, removed=True))
     return {name: keep for names, keep in groups for name in names}
-
-
-def _most(fits: Callable[[float], bool]) -> float:
-    """The largest sparsity that fits, rounded down to four digits."""
-    return next((s / 10_000 for s in range(9_999, 0, -1) if fits(s / 10_000)), 0.0)
