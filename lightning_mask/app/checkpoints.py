@@ -6,6 +6,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ class WholeFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a file whole or not at all."""
+        """Write a file whole or not at all.
+
+        Raises:
+            OSError: If the system refuses, for example because the disk is full.
+        """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -41,9 +46,14 @@ class WholeFiles(TorchCheckpointIO):
                 opened.flush()
                 os.fsync(opened.fileno())  # else a machine that goes down may leave the new name with nothing in it
             os.replace(temporary, file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        except BaseException as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            refused = _of_the_system(error)
+            if refused is None:
+                raise
+            what = f"{refused.strerror}; what was there before is as it was"
+            raise OSError(refused.errno, what, str(file)) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -56,6 +66,13 @@ class WholeFiles(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, map_location)
         return _read(path, map_location)
+
+
+def _of_the_system(error: BaseException | None) -> OSError | None:
+    """The error of the operating system that another one came of: torch's own does not say that the disk is full."""
+    while error is not None and not (isinstance(error, OSError) and error.strerror):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def check_checkpoint(path: str | Path, model: LightningModule) -> None:

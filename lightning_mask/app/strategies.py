@@ -1,8 +1,20 @@
-"""FSDP2 over all devices of a run, whatever their number."""
+"""DDP, and FSDP2 over all devices of a run, with a time after which a rank no longer waits for the others."""
 
 from datetime import timedelta
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+
+class DataParallel(DDPStrategy):
+    """Lightning's DDPStrategy, with a time limit that a config can say.
+
+    Args:
+        timeout: Minutes that a rank waits for the others in a collective, and when a run begins, before it ends with an error.
+        find_unused_parameters: As in DDPStrategy.
+    """
+
+    def __init__(self, timeout: float = 30.0, find_unused_parameters: bool = False) -> None:
+        super().__init__(timeout=timedelta(minutes=timeout), find_unused_parameters=find_unused_parameters)
 
 
 class FullyShard(ModelParallelStrategy):

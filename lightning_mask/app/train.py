@@ -24,6 +24,7 @@ from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_che
 from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.delta import RunDelta
 from lightning_mask.app.launch import agree_on_run, all_ranks_end, one_job
+from lightning_mask.app.lock import kept_to_this_job
 from lightning_mask.app.ranks import check_started, words_for_rank
 from lightning_mask.app.report import try_report
 from lightning_mask.app.sparsity import write_sparsity
@@ -90,10 +91,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: If a value of the config is out of range, or parts do not go together.
         FileNotFoundError: If ``ckpt_path`` or a file of the data is missing.
+        FileExistsError: If another run is at work in the folder.
     """
     started = time.time()
     _quieten()
     _check(cfg)
+    with kept_to_this_job(Path(cfg.paths.output_dir)):
+        return _train(cfg, started)
+
+
+def _train(cfg: DictConfig, started: float) -> dict[str, float]:
     if cfg.train and _is_auto(cfg.get("mask")):
         from lightning_mask.app.auto import choose  # which trains, and so imports this module
 

@@ -3,17 +3,18 @@
 import os
 import shutil
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 
-_written: set[Path] = set()
-"""Files that this process has written, and so knows to be good."""
+_written: "WeakKeyDictionary[Trainer, set[Path]]" = WeakKeyDictionary()
+"""What each Trainer has written, and so knows to be good."""
 
 
 def save_last(trainer: Trainer, path: Path) -> None:
     """Write the state of training as a whole, a file or a strategy's folder; the one before stays as ``previous.ckpt``.
 
-    What another process left there is kept only if this run has gone on from it: it may be damaged, or of another run.
+    What another run left there is kept only if this one has gone on from it: it may be damaged, or of another run.
 
     Args:
         trainer: In training; all ranks call this.
@@ -24,10 +25,11 @@ def save_last(trainer: Trainer, path: Path) -> None:
         _remove(new)
     trainer.save_checkpoint(new, weights_only=False)
     if trainer.is_global_zero:
-        if path.exists() and (path in _written or str(trainer.ckpt_path) == str(path)):
+        written = _written.setdefault(trainer, set())
+        if path.exists() and (path in written or str(trainer.ckpt_path) == str(path)):
             _put(path, path.with_name("previous.ckpt"))
         _put(new, path)
-        _written.add(path)
+        written.add(path)
     trainer.strategy.barrier("the checkpoint has its name")
 
 

@@ -1,25 +1,36 @@
 """Pre-emption: stopped by signals at awkward moments, a run ends as one that was never stopped, bit for bit (G6)."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
+from lightning_mask.app.train import train
+from lightning_mask.callbacks import Preemption
+from lightning_mask.callbacks.signals import listening, request_requeue, told
+from tests.app.conftest import TINY
 from tests.distributed.forks import clean_environment
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "preemption_cases.py"
-CASES = (
-    "phases",
-    "criteria, a ramp, batch norm and dropout",
-    "an accumulation window",
-    "validation",
-    "epochs of one step",
-    "a checkpoint being written",
-)
+CASES = {
+    "phases": [1],
+    "criteria, a ramp, batch norm and dropout": [1, 2],
+    "an accumulation window": [1, 2],
+    "validation": [1, 2],
+    "epochs of one step": [1],
+    "a checkpoint being written": [1, 2],
+}
+RUNS = [(name, ranks) for name, numbers in CASES.items() for ranks in numbers]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +55,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "ranks"), RUNS)
 def test_a_run_that_signals_stop_again_and_again_ends_as_one_that_was_never_stopped(
     results: dict[int, Any], name: str, ranks: int
 ) -> None:
@@ -63,6 +73,85 @@ def test_a_run_that_signals_stop_again_and_again_ends_as_one_that_was_never_stop
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_before_the_first_step_there_is_nothing_to_save(results: dict[int, Any], ranks: int) -> None:
-    assert results[ranks]["phases"]["steps"][:2] == [0, 0]
+def test_before_the_first_step_there_is_nothing_to_save(results: dict[int, Any]) -> None:
+    assert results[1]["phases"]["steps"][:2] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [
+        ({"SLURM_JOB_ID": "12"}, "12"),
+        ({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "3"}, "10_3"),
+    ],
+)
+def test_slurm_is_asked_to_requeue_the_job_or_the_task_of_an_array(
+    variables: dict[str, str], job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert request_requeue() == f"job {job} was requeued"
+    assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
+    scontrol.write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
+    assert request_requeue() == f"job {job} could not be requeued (no such job): start it again with ckpt_path=auto"
+
+
+def test_signals_do_again_what_they_did_before() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with listening(["SIGUSR1", "SIGTERM"]):
+        with listening(["SIGUSR1"]):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told() == ["SIGUSR1", "SIGTERM"]
+    assert told() == []
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_what_is_no_signal_is_refused() -> None:
+    with pytest.raises(ValueError, match="SIGNOTHING"):
+        Preemption(signals=["SIGNOTHING"])
+    with pytest.raises(ValueError, match="SIGKILL"):
+        Preemption(signals=["SIGKILL"])
+    with pytest.raises(ValueError, match="SIGUSR2, which is not among"):
+        Preemption(signals=["SIGUSR1"], requeue=["SIGUSR2"])
+
+
+@pytest.mark.slow
+def test_a_signal_between_the_trials_of_mask_auto_stops_the_choice_which_then_goes_on(
+    config: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    cut = [f"~mask.candidates.{name}" for name in ("none", "random", "bitfit", "gradient", "magnitude")]
+    words = [
+        *TINY,
+        "mask=auto",
+        *cut,
+        "mask.steps=3",
+        "mask.eta=2",
+        "mask.minutes=5",
+        "mask.rates=[1,10]",
+        "test=false",
+    ]
+    words += ["mask.densities=[0.01]", "logger=none", "report=null", "ckpt_path=auto"]
+    unfinished = tmp_path / "run/auto_trials.json"
+
+    def send() -> None:
+        until = time.monotonic() + 100
+        while not unfinished.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    sender, cfg = threading.Thread(target=send), config(*words)
+    with listening(["SIGUSR1"]):
+        sender.start()
+        with pytest.raises(SystemExit) as stopped:
+            train(cfg)
+    sender.join()
+    assert stopped.value.code == 75
+    assert unfinished.exists()
+    assert not (tmp_path / "run/auto.json").exists()
+    train(config(*words))
+    assert (tmp_path / "run/auto.json").exists()
+    assert (tmp_path / "run/checkpoints/last.ckpt").exists()

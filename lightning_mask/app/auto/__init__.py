@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from lightning_mask.app.auto.halving import Outcome, Setting, halve
 from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
 from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
 from lightning_mask.app.launch import RUN
+from lightning_mask.app.lock import is_first
 from lightning_mask.app.summary import write_json
 from lightning_mask.app.trials import digest, run_quietly
+from lightning_mask.callbacks.signals import told
 
 __all__ = ["Auto", "HeldOut", "choose", "wait_for"]
 
@@ -59,7 +62,7 @@ def choose(cfg: DictConfig) -> DictConfig:
     auto = instantiate(cfg.mask)
     file = Path(cfg.paths.output_dir) / _FILE
     token = os.environ.get(RUN, "")
-    if not _is_first():
+    if not is_first():
         return _with_choice(cfg, wait_for(file, token, 180 * auto.minutes + 600))
     record = _before(cfg)
     if record is None:
@@ -88,17 +91,13 @@ def wait_for(file: Path, token: str, seconds: float) -> dict[str, Any]:
             record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             if record.get("run") == token:
                 return record
+        if told():  # the first rank stops, too, and asks for the requeue
+            sys.exit(75)
         if time.monotonic() > until:
             raise TimeoutError(
                 f"mask=auto: the first rank wrote no {file} within {seconds:.0f} s: all ranks need one folder that they share."
             )
         time.sleep(0.2)
-
-
-def _is_first() -> bool:
-    return all(
-        os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    )
 
 
 def _before(cfg: DictConfig) -> dict[str, Any] | None:

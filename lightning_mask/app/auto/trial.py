@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_mask.app.auto.halving import Amount, Outcome, Setting
 from lightning_mask.app.auto.settings import Auto
 from lightning_mask.app.summary import write_json
-from lightning_mask.callbacks import RunReport
+from lightning_mask.callbacks import Preemption, RunReport
 
 _LOSSES = "losses.json"
 _OF_A_LAUNCHER = (
@@ -113,6 +113,7 @@ def trial_config(
             made.data.hold_out = held_out
         made.callbacks = {n: b for n, b in (cfg.get("callbacks") or {}).items() if _goes_on(b)} | {
             "report": {"_target_": "lightning_mask.callbacks.RunReport", "dirpath": None, "check_held": False},
+            **{n: {**b, "dirpath": None} for n, b in (cfg.get("callbacks") or {}).items() if _stops(b)},
             "held_out": {"_target_": "lightning_mask.app.auto.HeldOut", "path": str(folder / _LOSSES)},
         }
         made.trainer.update(
@@ -143,9 +144,18 @@ def trial_config(
 
 def _goes_on(block: Any) -> bool:
     """Whether a callback is part of how the user trains, and not of how a person follows a run."""
-    target = block.get("_target_") if isinstance(block, DictConfig) else None
-    made = get_object(target) if target is not None else None
+    made = _made_by(block)
     return made is not None and not (isinstance(made, type) and issubclass(made, _NOT_FOR_TRIALS))
+
+
+def _stops(block: Any) -> bool:
+    """Whether a callback stops a run when a signal asks for it."""
+    return _made_by(block) is Preemption
+
+
+def _made_by(block: Any) -> Any:
+    target = block.get("_target_") if isinstance(block, DictConfig) else None
+    return get_object(target) if target is not None else None
 
 
 def outcome_of(

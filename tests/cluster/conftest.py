@@ -1,0 +1,3 @@
+from tests.app.conftest import config
+
+__all__ = ["config"]
