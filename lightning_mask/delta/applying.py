@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_mask.core.files import PathLike
-from lightning_mask.delta.file import DIGEST, DeltaFile, open_delta, put, take
+from lightning_mask.delta.file import DeltaFile, open_delta
+from lightning_mask.delta.items import DIGEST, put, take
 from lightning_mask.delta.names import Names
 from lightning_mask.delta.rewriting import check_target, write_like
 from lightning_mask.delta.stream import bits

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_mask.delta.file import Delta, Item, Part, put, take
+from lightning_mask.delta.file import Delta
+from lightning_mask.delta.items import Item, Part, put, take
 from lightning_mask.delta.names import Names
 from lightning_mask.delta.stream import bits
 from lightning_mask.delta.weights import InMemory

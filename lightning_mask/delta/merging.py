@@ -11,7 +11,8 @@ from lightning_mask.core.allocation import share
 from lightning_mask.core.files import PathLike
 from lightning_mask.core.ranking import top_k
 from lightning_mask.delta.applying import find_all
-from lightning_mask.delta.file import DIGEST, DeltaFile, Item, Part, open_delta, put, take, write_delta
+from lightning_mask.delta.file import DeltaFile, open_delta, write_delta
+from lightning_mask.delta.items import DIGEST, Item, Part, put, take
 from lightning_mask.delta.saving import form_of, numbers_of
 from lightning_mask.delta.stream import Spec, bits
 from lightning_mask.delta.weights import Weights, digest, open_weights

@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_mask.core.files import PathLike
 from lightning_mask.core.maskset import MaskSet, indices
 from lightning_mask.core.sharding import whole
-from lightning_mask.delta.file import DIGEST, LONG, Item, Part, draw, take, write_delta
+from lightning_mask.delta.file import write_delta
+from lightning_mask.delta.items import DIGEST, LONG, Item, Part, draw, take
 from lightning_mask.delta.names import Names
 from lightning_mask.delta.stream import Spec, bits
 from lightning_mask.delta.weights import Source, Weights, digest, hash_of, open_weights

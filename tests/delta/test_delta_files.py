@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_mask.core import Context, MaskEngine, MaskSet, Selection
 from lightning_mask.core.selection import select
-from lightning_mask.delta import Delta, apply, diff, file, inspect, revert, save_delta
+from lightning_mask.delta import Delta, apply, diff, inspect, items, revert, save_delta
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt", "ckpt", "folder", "shards"])
@@ -93,7 +93,7 @@ def test_the_file_can_be_read_without_this_package(tmp_path: Path):
 
 
 def test_long_tensors_have_long_indices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (file, sys.modules["lightning_mask.delta.saving"]):
+    for module in (items, sys.modules["lightning_mask.delta.saving"]):
         monkeypatch.setattr(module, "LONG", 500)  # for 2^31, of which a test cannot have a tensor
     base = write(odd(), "safetensors", tmp_path)
     save_delta(tmp_path / "d.safetensors", base, tuned(odd()), originals=True)
