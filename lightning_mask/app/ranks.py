@@ -3,6 +3,7 @@
 import os
 import socket
 import traceback
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -40,10 +41,15 @@ def _tasks() -> int:
     return 1 if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive") else int(os.environ.get("SLURM_NTASKS", 1))
 
 
-def words_for_rank() -> list[str]:
-    """Return what Hydra is told on the command line's behalf: of many ranks in one folder, the first alone keeps ``.hydra``."""
+def words_of_rank(words: Sequence[str]) -> list[str]:
+    """Return Hydra's words with those that this rank adds: of many ranks in one folder, the first alone keeps ``.hydra``.
+
+    They come before the first override: Hydra takes no overrides on both sides of an option.
+    """
     rank, _ = place()
-    return ["hydra.output_subdir=null", f"hydra.job.name=rank-{rank}"] if rank else []
+    own = ["hydra.output_subdir=null", f"hydra.job.name=rank-{rank}"] if rank else []
+    first = next((i for i, word in enumerate(words) if "=" in word and not word.startswith("-")), len(words))
+    return [*words[:first], *own, *words[first:]]
 
 
 def keep_failure(error: BaseException, about_input: bool) -> None:

@@ -25,7 +25,7 @@ from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.delta import RunDelta
 from lightning_mask.app.launch import agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.lock import kept_to_this_job
-from lightning_mask.app.ranks import check_started, words_for_rank
+from lightning_mask.app.ranks import check_started, words_of_rank
 from lightning_mask.app.report import try_report
 from lightning_mask.app.sparsity import write_sparsity
 from lightning_mask.app.summary import print_summary, summarise, write_json
@@ -425,8 +425,7 @@ def config_path() -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line: Hydra's words, by default all that this process was started with."""
     agree_on_run()
-    words = sys.argv[1:] if words is None else words
-    launch.run(_job, config_path(), "train", [*words, *words_for_rank()])
+    launch.run(_job, config_path(), "train", words_of_rank(sys.argv[1:] if words is None else words))
 
 
 if __name__ == "__main__":

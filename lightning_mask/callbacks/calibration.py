@@ -69,6 +69,18 @@ def begin_epoch_again(trainer: Trainer) -> None:
         iter(loop._data_fetcher)
 
 
+def take_places(trainer: Trainer) -> None:
+    """Give loaders the places that a checkpoint has for them, where Lightning made them before it had read the checkpoint.
+
+    It does so when ``configure_optimizers`` asks for ``trainer.estimated_stepping_batches``, as for a schedule, and then leaves
+    them at the beginning of the epoch. To be called when training starts.
+    """
+    loop = trainer.fit_loop
+    if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
+
+
 def _copy_loaders(loaders: Any) -> Any:
     if isinstance(loaders, dict):
         return {key: _copy_loaders(value) for key, value in loaders.items()}

@@ -201,6 +201,7 @@ class Session:
 
     def start(self) -> None:
         """Choose masks or take them from the checkpoint, hold, and put the random state back."""
+        calibration.take_places(self.trainer)
         run = self.run()
         sharding.reshard(self.module)
         for member in self.members:

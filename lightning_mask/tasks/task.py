@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lightning_mask.callbacks.calibration import take_places
 from lightning_mask.core.patterns import repeated_blocks
 from lightning_mask.core.sharding import reshard
 
@@ -65,6 +66,10 @@ class Task(LightningModule):
         metric = self._metric(metric_name)
         metric.update(*what)
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name.startswith("val/"))
+
+    def on_train_start(self) -> None:
+        """Let the data go on where a checkpoint left it, also without any mask."""
+        take_places(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over all parameters, with the scheduler if there is one.

@@ -137,13 +137,13 @@ down() {
             sleep 0.2
         done
     fi
-    local name
+    local name pid
     for name in slurmd-127.0.0.1 slurmd-127.0.0.2 slurmctld munged; do
-        ! runs "$name" || kill "$(cat "$FOLDER/run/$name.pid")"
-    done
-    for name in slurmd-127.0.0.1 slurmd-127.0.0.2 slurmctld munged; do
-        for _ in $(seq 50); do
-            runs "$name" || break
+        runs "$name" || continue
+        pid="$(cat "$FOLDER/run/$name.pid")"
+        kill "$pid"
+        for _ in $(seq 100); do
+            kill -0 "$pid" 2>/dev/null || break
             sleep 0.1
         done
     done

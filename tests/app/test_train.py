@@ -102,6 +102,21 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: Config, tmp_
     assert whole["val/loss"] == resumed["val/loss"]
 
 
+@pytest.mark.parametrize("mask", ["fisher", "none"])
+def test_a_run_with_a_schedule_goes_on_in_the_middle_of_an_epoch(config: Config, tmp_path: Path, mask: str) -> None:
+    words = [*TINY, f"mask={mask}", "trainer.val_check_interval=3", "trainer.max_steps=10", "test=false"]
+    places = [f"paths.output_dir={tmp_path / name}" for name in ("whole", "second")]
+    whole = train(config(*words, "callbacks.best.save_top_k=-1", places[0]))
+    start = tmp_path / "whole/checkpoints/best-000006.ckpt"
+    resumed = train(config(*words, places[1], f"ckpt_path={start}"))
+    ends = [
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "second")
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert whole["val/loss"] == resumed["val/loss"]
+
+
 def test_a_run_shorter_than_the_interval_is_validated_at_its_end(config: Config) -> None:
     cfg = config(*TINY, "trainer.val_check_interval=150", "trainer.accumulate_grad_batches=2", "data.batch_size=32")
     assert "val/accuracy" in train(cfg)

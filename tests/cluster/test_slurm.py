@@ -1,0 +1,191 @@
+"""A real SLURM of this machine: sbatch, srun and submitit start the ranks, and a job that a signal stopped goes on."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mask import MaskSet
+from tests.app.conftest import REPO, TINY, command
+
+SCRIPTS = REPO / "scripts/slurm"
+WORDS = [*TINY, "logger=none", "test=false"]
+
+
+def reason_to_skip() -> str:
+    """Why there can be no SLURM here; empty where there can."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return "only root can start a SLURM"
+    if not (shutil.which("slurmctld") or shutil.which("apt-get")):
+        return "SLURM is not installed, and there is no apt-get to install it with"
+    return ""
+
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip()),
+]
+
+
+class Cluster:
+    """Commands on the cluster, run in a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.conf = f"{folder}/slurm.conf"
+
+    def __call__(self, *words: str, cwd: Path, timeout: float = 300, **variables: str) -> str:
+        done = command(
+            *words, cwd=cwd, timeout=timeout, SLURM_CONF=self.conf, PYTHON=sys.executable, OMP_NUM_THREADS="1", **variables
+        )  # fmt: skip
+        said = "".join(file.read_text() for file in sorted(cwd.rglob("*.out")))
+        assert done.returncode == 0, done.stdout + said
+        return done.stdout
+
+    def state(self, job: str, cwd: Path) -> dict[str, str]:
+        said = self("scontrol", "show", "job", job, cwd=cwd)
+        return dict(re.findall(r"(\w+)=(\S*)", said))
+
+    def wait(self, job: str, until: Callable[[dict[str, str]], Any], cwd: Path, seconds: float = 300) -> dict[str, str]:
+        end = time.monotonic() + seconds
+        while not until(state := self.state(job, cwd)):
+            said = "".join(file.read_text() for file in cwd.glob("*.out"))
+            assert time.monotonic() < end, f"{state}\n{said}"
+            assert state["JobState"] not in ("FAILED", "CANCELLED", "TIMEOUT"), said
+            time.sleep(0.2)
+        return state
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = tempfile.mkdtemp(prefix="slurm-")  # a short name: a socket's must be
+    script = str(SCRIPTS / "local_cluster.sh")
+    up = subprocess.run(["bash", script, "up", folder], capture_output=True, text=True, check=False, timeout=300)
+    assert up.returncode == 0, up.stdout + up.stderr
+    daemons = [int(file.read_text()) for file in Path(folder, "run").glob("*.pid")]
+    yield Cluster(folder)
+    subprocess.run(["bash", script, "down", folder], check=True, timeout=120)
+    assert len(daemons) == 4
+    assert not any(map(runs, daemons))
+    shutil.rmtree(folder)
+
+
+# Holds training at its sixth step, until the test has sent its signal, where the file "hold" is.
+HOLDS = dedent(
+    """
+    import time
+    from pathlib import Path
+    from lightning.pytorch import Callback
+
+
+    class Holds(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 5 and Path("hold").exists():
+                Path(f"there-{trainer.global_rank}").touch()
+                while Path("hold").exists():
+                    time.sleep(0.05)
+    """
+)
+
+
+def test_a_job_that_a_signal_stopped_goes_on_and_ends_as_one_that_was_not(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/holds.py").write_text(HOLDS)
+    words = [str(SCRIPTS / "train.sbatch"), *TINY, "mask=mask_then_lift", "trainer.max_steps=10", "test=false"]
+    words += ["+callbacks.holds._target_=holds.Holds", "optimizer=adamw"]
+    code = {"PYTHONPATH": str(tmp_path / "code")}
+    plain, stopped = tmp_path / "plain", tmp_path / "stopped"
+    plain.mkdir()
+    stopped.mkdir()
+    cluster("sbatch", "--wait", *words, cwd=plain, **code)
+
+    (stopped / "hold").touch()
+    job = re.findall(r"\d+", cluster("sbatch", *words, cwd=stopped, **code))[0]
+    cluster.wait(job, lambda _: len(list(stopped.glob("there-*"))) == 2, stopped)
+    cluster("scancel", "--signal=USR1", job, cwd=stopped)
+    time.sleep(1)
+    (stopped / "hold").unlink()
+    cluster.wait(job, lambda state: state["Restarts"] == "1" and state["JobState"] != "COMPLETING", stopped)
+    cluster("scontrol", "update", f"JobId={job}", "StartTime=now", cwd=stopped)
+    cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", stopped)
+
+    ends = []
+    for folder in (plain, stopped):
+        (run,) = (folder / "logs/smoke/runs").iterdir()
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["world_size"] == 2
+        assert summary["hosts"] == {socket.gethostname(): 2}
+        assert summary["mask"]["steps"] == 10
+        assert [phase["step"] for phase in summary["mask"]["phases"]] == [0, 5]
+        assert summary["mask"]["held_changed"] == 0
+        assert not (run / "errors").exists()
+        last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+        masks = MaskSet.load(run / "masks.safetensors").hash()
+        ends.append({"weights": last["state_dict"], "moments": last["optimizer_states"], "masks": masks})
+    assert_equal(*ends)
+    said = next(stopped.glob("lightning_mask-*.out")).read_text()
+    assert said.count("stopped by SIGUSR1 at step 6") == 1
+    assert said.count("going on from") == 1
+
+
+def assert_equal(left: Any, right: Any, where: str = "") -> None:
+    """Compare nested values, tensors bit by bit."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for name in left:
+            assert_equal(left[name], right[name], f"{where}.{name}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_equal(a, b, f"{where}.{index}")
+    else:
+        assert left == right, where
+
+
+def test_srun_starts_a_rank_on_each_of_two_nodes_that_share_a_model(cluster: Cluster, tmp_path: Path) -> None:
+    where = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, str(REPO / "scripts/train.py")]
+    said = cluster(*where, *WORDS, "trainer=fsdp_cpu", "devices=1", "num_nodes=2", cwd=tmp_path)
+    assert said.count("What trains and what is held") == said.count("The run") == 1
+    (run,) = (tmp_path / "logs/smoke/runs").iterdir()
+    assert re.fullmatch(r"job-\d+-[0-9a-f]{4}", run.name)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["mask"]["held_changed"] == 0
+
+
+def test_a_sweep_runs_as_jobs_of_two_tasks_each(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["--multirun", *WORDS, "launcher=slurm", "trainer=ddp_cpu", "hydra.sweep.dir=sweep", "seed=0,1"]
+    cluster(sys.executable, str(REPO / "scripts/train.py"), *words, "hydra.launcher.partition=urgent", cwd=tmp_path)
+    for seed in (0, 1):
+        summary = json.loads((tmp_path / f"sweep/{seed}/summary.json").read_text())
+        assert summary["world_size"] == 2
+        assert summary["seed"] == seed
+        assert summary["ckpt_path"] == "auto"
+        assert summary["mask"]["held_changed"] == 0
+    (script,) = (tmp_path / "sweep/.submitit").rglob("*_submission.sh")
+    asked = script.read_text()
+    for line in ("--array=0-1%2", "--ntasks-per-node=2", "--nodes=1", "--partition=urgent", "--requeue", "--time=1440"):
+        assert f"#SBATCH {line}\n" in asked
+    assert "gpus" not in asked
