@@ -135,7 +135,7 @@ def trial_config(
                 "sync_batchnorm": False,
                 "enable_progress_bar": False,
                 "enable_model_summary": False,
-                "enable_checkpointing": False,
+                "enable_checkpointing": None,
                 "model_registry": None,
             }
         )
