@@ -27,7 +27,7 @@ class Rewind:
         self.step: int | None = None
         self._weights: dict[str, Tensor] = {}
         self._schedulers: list[dict[str, Any]] = []
-        self._rates: list[list[float]] = []
+        self._rates: list[list[dict[str, Any]]] = []
         self.due = False
 
     def keep(self, session: "Session") -> None:
@@ -36,7 +36,7 @@ class Rewind:
             return
         self._weights = {n: p.detach().clone() for n, p in session.module.named_parameters()}
         self._schedulers = [copy.deepcopy(c.scheduler.state_dict()) for c in session.trainer.lr_scheduler_configs]
-        self._rates = [[float(g["lr"]) for g in o.param_groups] for o in session.trainer.optimizers]
+        self._rates = [[_scheduled(group) for group in o.param_groups] for o in session.trainer.optimizers]
 
     def go_back(self, session: "Session") -> None:
         """Set everything that trains to the weights that were kept, with fresh moments, if it is due."""
@@ -49,11 +49,11 @@ class Rewind:
         for config, state in zip(session.trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         for optimizer, rates in zip(session.trainer.optimizers, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for group, kept in zip(optimizer.param_groups, rates, strict=True):
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+                    group["lr"].fill_(kept["lr"])
+                    kept = {key: value for key, value in kept.items() if key != "lr"}
+                group.update(kept)
 
     def forget(self) -> None:
         """Begin anew."""
@@ -68,3 +68,8 @@ class Rewind:
         """Take over what :meth:`state` gave away."""
         self._weights, self.due = dict(state["weights"]), state["due"]
         self._schedulers, self._rates = state["schedulers"], state["rates"]
+
+
+def _scheduled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a param group that schedulers change; some cycle the momentum too."""
+    return {"lr": float(group["lr"])} | {key: group[key] for key in ("momentum", "betas") if key in group}

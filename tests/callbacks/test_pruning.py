@@ -77,6 +77,24 @@ def test_a_later_phase_selects_by_the_movement_of_the_earlier_one() -> None:
         assert not bool(same[chosen].all())
 
 
+def test_a_rewound_cycle_brings_back_its_momentum_at_once() -> None:
+    def make(module: Any) -> Any:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=16)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    seen: list[tuple[float, float]] = []
+
+    class Look(Watch):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            (group,) = trainer.optimizers[0].param_groups
+            seen.append((group["lr"], group["betas"][0]))
+
+    fit(Net(make=make), PruneMask(0.5, scope=SCOPE, schedule="constant", start="7 steps", rewind="1 steps"), Look())
+    assert seen[8:15] == seen[1:8]
+    assert len(set(seen[1:8])) == 7
+
+
 @pytest.mark.parametrize("rewind_lr", [True, False])
 def test_a_lottery_ticket_returns_to_the_weights_and_the_rate_of_its_step(rewind_lr: bool) -> None:
     def make(module: Any) -> Any:
