@@ -153,7 +153,7 @@ def run_quietly(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def digest(cfg: DictConfig) -> str:
     """Return a hash of what a composed config makes of a run.
 
-    Without paths, names and tags; and without what is null, so that a new key of the configs, which as a rule changes
+    Without paths, names, tags and the page; and without what is null, so that a new key of the configs, which as a rule changes
     nothing while it is null, does not make old results worthless.
     """
     content = OmegaConf.to_container(cfg, resolve=False)
