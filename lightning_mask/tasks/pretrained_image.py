@@ -121,7 +121,7 @@ class TimmClassifier(Classifier):
         import timm
 
         if model.partition(".")[0] not in timm.list_models():
-            close = timm.list_models(f"*{model.partition('_')[0]}*")[:5]
+            close = timm.list_models(f"{model.partition('_')[0]}*")[:5]
             raise ValueError(
                 f"timm has no model {model!r}; among its models are {', '.join(close) or 'vit_tiny_patch16_224'}."
             )
