@@ -4,7 +4,6 @@ A model is pruned in one shot from some training batches, and evaluated before a
 """
 
 import csv
-import os
 import socket
 import statistics
 import time
@@ -28,6 +27,7 @@ from lightning_mask.app.checks import check_complete, check_types
 from lightning_mask.app.summary import relative, summarise, write_json
 from lightning_mask.app.train import _model, _quieten, _trainer, config_path
 from lightning_mask.callbacks.calibration import batch_loss
+from lightning_mask.core.files import whole_file
 from lightning_mask.core.maskset import MaskSet, full
 from lightning_mask.core.one_shot import LayerReport, OneShot, Pruned
 from lightning_mask.core.one_shot import prune as prune_model
@@ -102,15 +102,10 @@ def prune(cfg: DictConfig) -> dict[str, float]:
 
 def write_layers(layers: Sequence[LayerReport], path: Path) -> None:
     """Write the reports as a CSV file, whole or not at all: a line for each layer, the columns are their fields."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(field.name for field in fields(LayerReport))
-            writer.writerows(astuple(layer) for layer in layers)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(LayerReport))
+        writer.writerows(astuple(layer) for layer in layers)
 
 
 def _recipe(cfg: DictConfig) -> OneShot:

@@ -11,8 +11,14 @@ PathLike = str | os.PathLike[str]
 
 @contextmanager
 def whole_file(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; what was written there is renamed to ``path`` when the block ends well."""
+    """Yield a temporary name beside ``path``; what was written there is renamed to ``path`` when the block ends well.
+
+    Raises:
+        IsADirectoryError: If ``path`` is a folder; before the block begins.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

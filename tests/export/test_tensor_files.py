@@ -94,6 +94,14 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     assert [f.name for f in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_folder_in_the_place_of_the_file_is_refused_before_anything_is_written(tmp_path: Path):
+    for save in (lambda: save_dense(llama(), tmp_path), lambda: save_sparse({"w": torch.zeros(30)}, tmp_path)):
+        with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
+            save()
+    assert list(tmp_path.iterdir()) == []
+    assert not [f for f in tmp_path.parent.iterdir() if f.name.endswith(".tmp")]
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path):
     path = tmp_path / "sparse.safetensors"
     with pytest.raises(FileNotFoundError, match="no sparse file"):
