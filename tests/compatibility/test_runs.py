@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, OnExceptionCheckpoint
 from mask_nets import Net, Watch, changed, data, fit, loader, names, trainer, weights
 from ours import assert_equal, assert_exact, assert_exact_at_every_step, cells, make
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_mask import FreezeMask
 
 GROUP = "The Trainer"
+CALLBACKS = "Lightning's callbacks"
 
 
 def end_of(ours: str, *others: Any, **arguments: Any) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def test_limited_batches(ours: str) -> None:
     assert_equal(weights(net), end_of(ours, limit_train_batches=4, limit_val_batches=1, max_epochs=3))
 
 
-@cells(GROUP, "`GradientAccumulationScheduler`", "equal to `accumulate_grad_batches`; steps are optimizer steps")
+@cells(CALLBACKS, "`GradientAccumulationScheduler`", "equal to `accumulate_grad_batches`; steps are optimizer steps")
 def test_an_accumulation_schedule(ours: str) -> None:
     scheduled = end_of(ours, GradientAccumulationScheduler({0: 2}), max_epochs=3)
     assert_equal(scheduled, end_of(ours, max_epochs=3, accumulate_grad_batches=2))
@@ -132,3 +133,32 @@ def test_checkpoints_of_weights_alone(ours: str) -> None:
     assert Path("ck/step=8.ckpt").exists()
     with pytest.raises(KeyError, match="optimizer state"):
         fit(Net(), make(ours), ckpt="ck/step=8.ckpt")
+
+
+class Fail(Watch):
+    """Raise in the middle of optimizer step 10: after the update, before anything that follows it."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 10:
+            optimizer = trainer.optimizers[0]
+            update = type(optimizer).step.__wrapped__  # without the hooks
+
+            def step(*args: Any, **kwargs: Any) -> None:
+                update(optimizer, *args, **kwargs)
+                raise RuntimeError("failed in the middle of a step")
+
+            optimizer.step = step
+
+
+@cells(
+    CALLBACKS, "`OnExceptionCheckpoint`", "exact where a run fails in the middle of an optimizer step, as is the model"
+)
+def test_a_run_that_fails_in_the_middle_of_a_step(ours: str) -> None:
+    net, callback = Net(), make(ours)
+    before = weights(net)
+    with pytest.raises(RuntimeError, match="middle of a step"):
+        fit(net, callback, OnExceptionCheckpoint("ck", "failed"), Fail(), enable_checkpointing=True)
+    assert_exact(callback, before, weights(net))
+    saved = Net()
+    saved.load_state_dict(torch.load("ck/failed.ckpt", weights_only=True)["state_dict"])
+    assert_exact(callback, before, weights(saved))
