@@ -219,7 +219,8 @@ class Session:
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             regrows = any(pruner.regrow for pruner in self.pruners)
             self._reduction = Reduction(self.trainer.strategy, self.trainable, regrows)
-        for member in sorted(self.members, key=lambda m: (m in self.pruners, m is self.phases)):  # each builds on those before
+        # Each builds on those before: masks, then pruners, then phases.
+        for member in sorted(self.members, key=lambda m: (m in self.pruners, m is self.phases)):
             member.begin(self)
         self._hold()
         if any(member._restored for member in self.members):  # those that were chosen now are compared already
