@@ -219,7 +219,7 @@ class Session:
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             regrows = any(pruner.regrow for pruner in self.pruners)
             self._reduction = Reduction(self.trainer.strategy, self.trainable, regrows)
-        # Each builds on those before: masks, then pruners, then phases.
+        # Each builds on those before: masks, then phases, then pruners.
         for member in sorted(self.members, key=lambda m: (m in self.pruners, m is self.phases)):
             member.begin(self)
         self._hold()
