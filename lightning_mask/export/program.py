@@ -133,6 +133,7 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: PathLike) -> None:
 
     Raises:
         ImportError: If onnx, onnxruntime or onnxscript is not installed.
+        ValueError: If onnxruntime cannot run the model's precision.
         RuntimeError: If torch cannot write the model as ONNX, or onnxruntime's outputs differ.
     """
     require_onnx()
@@ -153,6 +154,7 @@ def load_onnx(path: PathLike) -> Callable[[Mapping[str, Tensor]], Tensor]:
     Raises:
         ImportError: If onnxruntime is not installed.
         FileNotFoundError: If there is no such file.
+        ValueError: If onnxruntime cannot run it: it is damaged, or in a precision that it has not.
     """
     require_onnx()
     import onnxruntime
@@ -162,7 +164,14 @@ def load_onnx(path: PathLike) -> Callable[[Mapping[str, Tensor]], Tensor]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes share no base of their own
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"onnxruntime cannot run {str(path)!r} ({said}): it is damaged, or in a precision that it has not (of 16 bits it has "
+            "float16)."
+        ) from None
     names = [entry.name for entry in session.get_inputs()]
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:

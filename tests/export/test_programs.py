@@ -104,6 +104,18 @@ def test_code_that_cannot_be_followed_is_named(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_onnxruntime_cannot_run_is_said_in_one_line_and_not_kept(tmp_path: Path):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(
+        ValueError, match=r"^onnxruntime cannot run '.*' \(.*NOT_IMPLEMENTED.*in a precision that it has not"
+    ):
+        save_onnx(nn.Linear(3, 3).bfloat16(), Inputs((torch.ones(2, 3, dtype=torch.bfloat16),)), path)
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="it is damaged"):
+        load_onnx(path)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
 def test_without_onnx_the_extra_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, package, None)
