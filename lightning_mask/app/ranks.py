@@ -64,7 +64,7 @@ def keep_failure(error: BaseException, about_input: bool) -> None:
         get_error_handler().record_exception(error)
     if not HydraConfig.initialized() or (about_input and place()[1] == 1):
         return
-    rank = rank_zero_only.rank
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]  # Lightning sets it
     now = datetime.now().isoformat(timespec="milliseconds")
     head = f"rank {rank} on {socket.gethostname()}, process {os.getpid()}, {now}\n\n"
     try:

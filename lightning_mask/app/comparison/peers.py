@@ -32,12 +32,12 @@ class TorchPruning(Callback):
         if stage == "fit":
             self.pruned = tensors(pl_module)
             for layer, name in self.pruned:
-                prune.l1_unstructured(layer, name, amount=self.sparsity)  # type: ignore[no-untyped-call]
+                prune.l1_unstructured(layer, name, amount=self.sparsity)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make plain parameters of what was pruned."""
         for layer, name in self.pruned:
-            prune.remove(layer, name)  # type: ignore[no-untyped-call]
+            prune.remove(layer, name)
 
 
 class LightningPruning(ModelPruning):
