@@ -1,0 +1,49 @@
+"""The pages say what is so: their code runs and prints what they say, the notebook runs, and the site builds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import DOCS, blocks, run
+
+PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if blocks(page))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page: str) -> None:
+    for block, printed in run(DOCS / page):
+        if block.prints is not None:
+            assert printed == block.prints, f"{page}, line {block.line}"
+
+
+def test_every_guide_and_how_to_has_code_or_commands() -> None:
+    for folder in ("guide", "how_to"):
+        for page in (DOCS / folder).glob("*.md"):
+            assert "```python" in page.read_text() or "```console" in page.read_text(), page.name
+    assert len(PAGES) >= 8
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_start_to_end() -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=250, kernel_name="python3", resources={"metadata": {"path": "."}}
+    ).execute()
+    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "held entries that moved: 0" in printed
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "site" / "reference" / "callbacks.html").read_text()
+    assert 'id="lightning_mask.FreezeMask"' in reference
+    pages = {page.relative_to(tmp_path / "site").as_posix() for page in (tmp_path / "site").rglob("*.html")}
+    assert pages >= {f"{page.removesuffix('.md')}.html" for page in PAGES}
