@@ -68,7 +68,11 @@ def chart(
 def axis(steps: int) -> Markup:
     """Return the labels of the x axis."""
     at = [t for t in ticks(0, max(steps, 1)) if t == int(t)]
-    labels = [tag("span", f"{t:,.0f}", style=f"left:{100 * t / max(steps, 1):.3f}%") for t in at]
+    places = [100 * t / max(steps, 1) for t in at]
+    labels = [
+        tag("span", f"{t:,.0f}", style=f"left:{place:.3f}%", class_="end" if place > 97 else None)
+        for t, place in zip(at, places, strict=True)
+    ]
     return tag("div", labels, class_="x", aria_hidden="true")
 
 

@@ -71,6 +71,7 @@ figcaption small { flex-basis: 100%; }
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 .x { position: relative; height: 20px; margin: 4px 0 0 58px; }
 .x span { position: absolute; transform: translateX(-50%); font-size: 12px; color: var(--soft); white-space: nowrap; }
+.x .end { transform: translateX(-100%); }
 .plot path { fill: none; vector-effect: non-scaling-stroke; }
 .rule { stroke: var(--line); stroke-width: 1; }
 .begin { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 3 4; }
@@ -117,11 +118,16 @@ footer { color: var(--soft); font-size: 13px; margin-top: 22px; overflow-wrap: a
 header { gap: 12px; }
 header svg { width: 36px; height: 36px; } }
 @media (max-width: 600px) {
-  td, th { padding: 6px; font-size: 13.5px; }
+  td, th { padding: 6px 5px; font-size: 13px; }
   .names td:first-child, .values td:first-child { min-width: 112px; }
+  .names td { font-size: 12.5px; }
   .names td code { overflow-wrap: anywhere; }
   .names :is(th, td):is(:nth-child(2), :nth-child(6)) { display: none; }
   .values td { min-width: 70px; }
+  .x span { font-size: 10.5px; }
+  .heat td { min-width: 31px; padding: 0 1px; font-size: 10.5px; }
+  .heat th { padding: 0 3px 0 0; white-space: normal; }
+  .heat th code { font-size: 11px; }
   .confusion td { min-width: 27px; padding: 0; font-size: 10.5px; }
   .confusion th { padding: 0 3px; }
 }
