@@ -166,6 +166,21 @@ def test_override_grammar(config: Callable[..., DictConfig]) -> None:
     assert (taught.mean, taught.deviation) == (127 / 255, 128 / 255)
 
 
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_devices_and_nodes_are_short_words_that_the_trainer_and_slurm_take(trainer: str) -> None:
+    words = [f"trainer={trainer}", "devices=8", "num_nodes=4", "launcher=slurm", "hydra.launcher.account=mine"]
+    with initialize_config_module("lightning_mask.conf", version_base="1.3"):
+        cfg = compose("train", overrides=words, return_hydra_config=True)
+        one = compose("train", overrides=["launcher=slurm", "trainer.devices=2"], return_hydra_config=True)
+        plain = compose("train")
+    assert (cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.accelerator) == (8, 4, "gpu")
+    asked = cfg.hydra.launcher
+    assert (asked.tasks_per_node, asked.nodes, asked.gpus_per_node, asked.account) == (8, 4, 8, "mine")
+    assert cfg.ckpt_path == "auto"
+    assert (one.hydra.launcher.tasks_per_node, one.hydra.launcher.gpus_per_node) == (2, None)
+    assert (plain.trainer.devices, plain.trainer.num_nodes, plain.ckpt_path) == (1, 1, None)
+
+
 def test_sweeps_say_what_they_sweep() -> None:
     with initialize_config_module("lightning_mask.conf", version_base="1.3"):
         for option in GROUPS["sweep"]:

@@ -36,7 +36,7 @@ def reason_to_skip() -> str:
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip()),
 ]
 
@@ -47,7 +47,7 @@ class Cluster:
     def __init__(self, folder: str) -> None:
         self.conf = f"{folder}/slurm.conf"
 
-    def __call__(self, *words: str, cwd: Path, timeout: float = 300, **variables: str) -> str:
+    def __call__(self, *words: str, cwd: Path, timeout: float = 400, **variables: str) -> str:
         done = command(
             *words, cwd=cwd, timeout=timeout, SLURM_CONF=self.conf, PYTHON=sys.executable, OMP_NUM_THREADS="1", **variables
         )  # fmt: skip
@@ -59,7 +59,7 @@ class Cluster:
         said = self("scontrol", "show", "job", job, cwd=cwd)
         return dict(re.findall(r"(\w+)=(\S*)", said))
 
-    def wait(self, job: str, until: Callable[[dict[str, str]], Any], cwd: Path, seconds: float = 300) -> dict[str, str]:
+    def wait(self, job: str, until: Callable[[dict[str, str]], Any], cwd: Path, seconds: float = 400) -> dict[str, str]:
         end = time.monotonic() + seconds
         while not until(state := self.state(job, cwd)):
             said = "".join(file.read_text() for file in cwd.glob("*.out"))
@@ -177,7 +177,8 @@ def test_srun_starts_a_rank_on_each_of_two_nodes_that_share_a_model(cluster: Clu
 
 def test_a_sweep_runs_as_jobs_of_two_tasks_each(cluster: Cluster, tmp_path: Path) -> None:
     words = ["--multirun", *WORDS, "launcher=slurm", "trainer=ddp_cpu", "hydra.sweep.dir=sweep", "seed=0,1"]
-    cluster(sys.executable, str(REPO / "scripts/train.py"), *words, "hydra.launcher.partition=urgent", cwd=tmp_path)
+    words += ["hydra.launcher.partition=urgent"]
+    cluster(sys.executable, str(REPO / "scripts/train.py"), *words, cwd=tmp_path, timeout=800)
     for seed in (0, 1):
         summary = json.loads((tmp_path / f"sweep/{seed}/summary.json").read_text())
         assert summary["world_size"] == 2
