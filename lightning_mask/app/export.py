@@ -40,8 +40,9 @@ from lightning_mask.export import (
     save_sparse,
     shrink,
 )
+from lightning_mask.export.cuts import evaluate
 from lightning_mask.export.files import entries, state_bytes
-from lightning_mask.export.physical import apart, check_replaceable, evaluate, write_physical
+from lightning_mask.export.physical import apart, check_replaceable, write_physical
 from lightning_mask.export.program import require_onnx
 from lightning_mask.export.semi_structured import require_cuda
 
