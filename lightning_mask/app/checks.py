@@ -41,7 +41,8 @@ def check_types(cfg: DictConfig) -> None:
             value = block.get(name)
             wanted = _kinds(hint)
             if wanted and isinstance(value, bool | int | float | str) and not _fits(value, wanted):
-                raise ValueError(f"{key}.{name}={value!r} must be {' or '.join(map(_called, wanted))}.")
+                named = [kind for kind in wanted if kind is not int or float not in wanted]
+                raise ValueError(f"{key}.{name}={value!r} must be {' or '.join(map(_called, named))}.")
 
 
 def check_used(cfg: DictConfig, overrides: Iterable[str], names: Iterable[str] = ("lr", "last_layers")) -> None:
