@@ -143,7 +143,8 @@ def test_override_grammar(config: Callable[..., DictConfig]) -> None:
     assert config("mask=mask_then_lift", "mask.phases.0.density=0.02").mask.phases[0].density == 0.02
     assert config("mask=mask_then_lift", "mask.phases.0.until='100 steps'").mask.phases[0].until == "100 steps"
     assert config(r"mask.train=['re:net\.bert\..*bias']").mask.train == [r"re:net\.bert\..*bias"]
-    assert list(config("~callbacks.lr_monitor").callbacks) == ["best", "last", "progress", "report", "pictures"]
+    there = ["best", "last", "progress", "report", "pictures", "preemption"]
+    assert list(config("~callbacks.lr_monitor").callbacks) == there
     assert "early_stopping" in config("callbacks=[default,early_stopping]").callbacks
     assert set(config("logger=[]").get("logger") or {}) == set()
     both = config("mask=fisher", "+mask@callbacks.prune=prune_gradual")
