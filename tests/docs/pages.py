@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import dedent
 from types import ModuleType
@@ -29,7 +30,7 @@ def blocks(page: Path) -> list[Block]:
     """Return the Python blocks of a page in order, those in folded parts too."""
     text = page.read_text()
     found, matches = [], list(_BLOCK.finditer(text))
-    for match, after in zip(matches, [*matches[1:], None], strict=True):
+    for match, after in zip_longest(matches, matches[1:]):
         if "python" in match["language"]:
             code = _SNIPPET.sub(lambda m: (DOCS / m[1]).read_text(), dedent(match["body"]))
             follows = after and after["language"] == "text" and not text[match.end() : after.start()].strip()

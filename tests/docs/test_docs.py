@@ -1,11 +1,16 @@
 """The pages say what is so: their code runs and prints what they say, the notebook runs, and the site builds."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from hydra import compose, initialize_config_module
 from pages import DOCS, blocks, run
+
+from lightning_mask.app.cli.program import program
 
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if blocks(page))
 
@@ -22,6 +27,38 @@ def test_every_guide_and_how_to_has_code_or_commands() -> None:
         for page in (DOCS / folder).glob("*.md"):
             assert "```python" in page.read_text() or "```console" in page.read_text(), page.name
     assert len(PAGES) >= 8
+
+
+def test_the_commands_of_the_pages_are_understood() -> None:
+    """Hydra composes their words, and what else follows ``lightning-mask`` are commands and options that there are."""
+    lines = [
+        shlex.split(line.removeprefix("$ ").replace("<run>", "run"), comments=True)
+        for page in DOCS.rglob("*.md")
+        for line in page.read_text().splitlines()
+        if line.startswith("$ ")
+    ]
+    checked = 0
+    with initialize_config_module("lightning_mask.conf", version_base="1.3"):
+        for words in lines:
+            known = [
+                i for i, word in enumerate(words) if word in ("lightning-mask", "scripts/train.sh", "scripts/train.py")
+            ]
+            if not known:
+                continue
+            name, *rest = words[known[0] :]
+            name, *rest = rest if name == "lightning-mask" else ("train", *rest)
+            if name in ("train", "compare", "prune", "export", "packnet"):
+                compose(name, overrides=rest, return_hydra_config=True)
+            else:
+                context = program.make_context("lightning-mask", [name, *rest], resilient_parsing=True)
+                command, remaining = program, [name, *rest]
+                while isinstance(command, click.Group):
+                    _, found, remaining = command.resolve_command(context, remaining)
+                    assert found is not None
+                    command = found
+                command.make_context(name, remaining, parent=context)
+            checked += 1
+    assert checked > 30
 
 
 @pytest.mark.slow
