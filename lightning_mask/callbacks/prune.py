@@ -16,6 +16,7 @@ from lightning_mask.callbacks.rewind import Rewind
 from lightning_mask.callbacks.session import Session
 from lightning_mask.core import criteria, schedules, sharding, structures
 from lightning_mask.core.allocation import Budget, share
+from lightning_mask.core.choosing import check_n_of_m, choose, n_of_m, share_out
 from lightning_mask.core.criteria import Scores
 from lightning_mask.core.engine import check_engine
 from lightning_mask.core.maskset import MaskSet, active, full, own
@@ -23,16 +24,7 @@ from lightning_mask.core.patterns import resolve
 from lightning_mask.core.prunable import check_emptied, constrained, default_scope, parts, read_sparsities
 from lightning_mask.core.regrow import cosine_fraction, drop_and_grow, growth
 from lightning_mask.core.schedules import Moment, Ramp, Run
-from lightning_mask.core.selection import (
-    Selection,
-    check_batches,
-    check_n_of_m,
-    check_patterns,
-    check_shape,
-    choose,
-    n_of_m,
-    share_out,
-)
+from lightning_mask.core.selection import Selection, check_batches, check_patterns, check_shape
 from lightning_mask.core.transposed import transposed_weights
 
 

@@ -327,6 +327,6 @@ def _regenerable(recipe: Mapping[str, Any]) -> bool:
 
 
 def _regenerate(recipe: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    from lightning_mask.core.selection import draw_random  # a recipe is read by the pipeline that wrote it
+    from lightning_mask.core.choosing import draw_random  # a recipe is read by the pipeline that wrote it
 
     return draw_random(recipe, {name: tuple(shapes[name]) for name in recipe["scope_names"]})

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +60,19 @@ def file_in(name: str) -> dict[str, str]:
     package, _ = _PACKAGED[name]
     package_file(package, _GGUF[name])
     return {"gguf_file": _GGUF[name]}
+
+
+def labels(num_classes: int, class_names: Sequence[str] | None) -> dict[str, Any]:
+    """Return what a configuration of transformers says of the classes.
+
+    Args:
+        num_classes: How many there are.
+        class_names: Their names, in the order of their indices; None: transformers' own.
+    """
+    if class_names is None:
+        return {"num_labels": num_classes}
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return {"num_labels": num_classes, "id2label": dict(enumerate(class_names)), "label2id": numbers}
 
 
 def load(name: str, loader: Callable[[str], Loaded], what: str) -> Loaded:

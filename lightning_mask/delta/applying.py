@@ -9,7 +9,7 @@ from lightning_mask.core.files import PathLike
 from lightning_mask.delta.file import DeltaFile, open_delta
 from lightning_mask.delta.items import DIGEST, put, take
 from lightning_mask.delta.names import Names
-from lightning_mask.delta.rewriting import check_target, write_like
+from lightning_mask.delta.rewriting import Change, check_target, write_like
 from lightning_mask.delta.stream import bits
 from lightning_mask.delta.weights import Weights, digest, open_weights
 
@@ -49,13 +49,9 @@ def apply(base: PathLike, delta: PathLike, out: PathLike, *, force: bool = False
             item, part = file.items[mine], file.part(mine)
             return put(weights.read(name) if part.indices is not None else part.values, item, part.indices, part.values)
 
-        write_like(
-            weights,
-            out,
-            value,
-            changed={there for there, mine in places.items() if file.items[mine].form != "n"},
-            added={new: file.items[mine].spec for new, mine in added.items()},
-        )
+        changed = {there for there, mine in places.items() if file.items[mine].form != "n"}
+        specs = {new: file.items[mine].spec for new, mine in added.items()}
+        write_like(weights, out, Change(value, changed, added=specs))
 
 
 def revert(
@@ -91,7 +87,7 @@ def revert(
         reverter = _Reverter(file, weights, old)
         if not force:
             reverter.check()
-        write_like(weights, out, reverter.value, changed=reverter.changed, added={}, dropped=reverter.dropped)
+        write_like(weights, out, Change(reverter.value, reverter.changed, dropped=reverter.dropped))
 
 
 class _Reverter:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mask.core.selection import draw_random
+from lightning_mask.core.choosing import draw_random
 from lightning_mask.delta.stream import Spec, bits
 
 FORMS = {"n": "none", "e": "entries", "d": "drawn", "r": "rows", "w": "whole", "a": "added"}

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,22 @@ from lightning_mask.core.files import PathLike, whole_file, whole_folder
 from lightning_mask.delta.stream import Spec, raw, writing
 from lightning_mask.delta.weights import Folder, TensorsFile, TorchFile, Weights
 
-Values = Callable[[str], Tensor]
+
+@dataclass(frozen=True)
+class Change:
+    """What is to become of a checkpoint.
+
+    Attributes:
+        value: Gives the tensor of a name in ``changed`` or ``added``.
+        changed: Names of the tensors to write with other values; dtypes and shapes stay.
+        added: Names, dtypes and shapes of further tensors.
+        dropped: Names of the tensors to leave out.
+    """
+
+    value: Callable[[str], Tensor]
+    changed: Collection[str]
+    added: Mapping[str, Spec] = field(default_factory=dict)
+    dropped: Collection[str] = ()
 
 
 def check_target(weights: Weights, out: PathLike) -> None:
@@ -33,15 +49,7 @@ def check_target(weights: Weights, out: PathLike) -> None:
         )
 
 
-def write_like(
-    weights: Weights,
-    out: PathLike,
-    value: Values,
-    *,
-    changed: Collection[str],
-    added: Mapping[str, Spec],
-    dropped: Collection[str] = (),
-) -> None:
+def write_like(weights: Weights, out: PathLike, change: Change) -> None:
     """Write a checkpoint to ``out`` in the form of ``weights``, whole or not at all.
 
     Of safetensors one tensor at a time is in memory; a torch file is written from tensors that lie in a file of their own.
@@ -49,28 +57,18 @@ def write_like(
     Args:
         weights: What to write again, opened from a path; its further content (a trainer's state, a tokenizer) is taken along.
         out: A file, or a folder where ``weights`` is one.
-        value: Gives the tensor of a name in ``changed`` or ``added``.
-        changed: Names of the tensors to write with other values; dtypes and shapes stay.
-        added: Names, dtypes and shapes of further tensors.
-        dropped: Names of the tensors to leave out.
+        change: What to write otherwise.
     """
     if isinstance(weights, Folder):
         with whole_folder(out) as temporary:
-            _write_folder(weights, temporary, value, changed, added, dropped)
+            _write_folder(weights, temporary, change)
     else:
         assert isinstance(weights, TensorsFile | TorchFile)
         with whole_file(out) as file:
-            _write_file(weights, file, value, changed, added, dropped)
+            _write_file(weights, file, change)
 
 
-def _write_folder(
-    weights: Folder,
-    out: Path,
-    value: Values,
-    changed: Collection[str],
-    added: Mapping[str, Spec],
-    dropped: Collection[str],
-) -> None:
+def _write_folder(weights: Folder, out: Path, change: Change) -> None:
     ours = {weights.path / name for name in weights.parts}
     shutil.copytree(
         weights.path,
@@ -80,55 +78,41 @@ def _write_folder(
     )
     *_, last = weights.parts
     for name, part in weights.parts.items():
-        _write_file(part, out / name, value, changed, added if name == last else {}, dropped)
+        _write_file(part, out / name, change if name == last else replace(change, added={}))
     if weights.index is not None:
         index = dict(weights.index_content)
-        places = {n: f for n, f in index["weight_map"].items() if n not in dropped} | dict.fromkeys(added, last)
-        sizes = {n: s.size for n, s in weights.specs.items() if n not in dropped} | {
-            n: s.size for n, s in added.items()
-        }
+        places = {n: f for n, f in index["weight_map"].items() if n not in change.dropped}
+        places |= dict.fromkeys(change.added, last)
+        sizes = {n: s.size for n, s in (weights.specs | dict(change.added)).items() if n not in change.dropped}
         index["weight_map"] = dict(sorted(places.items()))
         index["metadata"] = {**index.get("metadata", {}), "total_size": sum(sizes.values())}
         (out / weights.index).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(
-    part: TensorsFile | TorchFile,
-    out: Path,
-    value: Values,
-    changed: Collection[str],
-    added: Mapping[str, Spec],
-    dropped: Collection[str],
-) -> None:
+def _write_file(part: TensorsFile | TorchFile, out: Path, change: Change) -> None:
     if isinstance(part, TorchFile):
-        _write_torch(part, out, value, changed, added, dropped)
+        _write_torch(part, out, change)
         return
-    kept = {name: spec for name, spec in part.specs.items() if name not in dropped}
-    with writing(out, {**kept, **added}, part.metadata) as file:
-        for name in (*kept, *added):
-            file.write(name, value(name) if name in changed or name in added else part.read(name))
+    kept = {name: spec for name, spec in part.specs.items() if name not in change.dropped}
+    with writing(out, {**kept, **change.added}, part.metadata) as file:
+        for name in (*kept, *change.added):
+            new = name in change.changed or name in change.added
+            file.write(name, change.value(name) if new else part.read(name))
 
 
-def _write_torch(
-    part: TorchFile,
-    out: Path,
-    value: Values,
-    changed: Collection[str],
-    added: Mapping[str, Spec],
-    dropped: Collection[str],
-) -> None:
+def _write_torch(part: TorchFile, out: Path, change: Change) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         made: dict[str, Tensor] = {}
-        for number, name in enumerate([n for n in part.specs if n in changed] + list(added)):
-            made[name] = _on_disk(value(name), Path(scratch) / str(number))
+        for number, name in enumerate([n for n in part.specs if n in change.changed] + list(change.added)):
+            made[name] = _on_disk(change.value(name), Path(scratch) / str(number))
         state: Any = copy.copy(part.state)  # with its _metadata, which says by what versions of modules it was made
         for name in part.state:
             first = part.aliases.get(name, name)
-            if first in dropped:
+            if first in change.dropped:
                 del state[name]
             elif first in made:
                 state[name] = made[first]
-        state.update({name: made[name] for name in added})
+        state.update({name: made[name] for name in change.added})
         torch.save(state if part.state is part.content else {**part.content, "state_dict": state}, out)
 
 

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from lightning_mask.core import criteria, schedules, structures
 from lightning_mask.core.allocation import Budget
+from lightning_mask.core.choosing import check_n_of_m, choose, n_of_m
 from lightning_mask.core.criteria import Context, Criterion
 from lightning_mask.core.maskset import MaskSet, own
 from lightning_mask.core.patterns import Patterns, resolve
 from lightning_mask.core.prunable import default_scope, emptied, read_sparsity
 from lightning_mask.core.schedules import Moment, Ramp, Run
-from lightning_mask.core.selection import check_batches, check_n_of_m, check_patterns, check_shape, choose, n_of_m
+from lightning_mask.core.selection import check_batches, check_patterns, check_shape
 from lightning_mask.core.transposed import transposed_weights
 
 

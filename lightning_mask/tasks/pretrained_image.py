@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lightning_mask.data.packaged import need
-from lightning_mask.data.pretrained import load
+from lightning_mask.data.pretrained import labels, load
 from lightning_mask.tasks.classifier import Classifier
 from lightning_mask.tasks.task import Batch, MakeOptimizer, MakeScheduler
 
@@ -50,10 +50,7 @@ class HFImageClassifier(Classifier):
         class_names = None if class_names is None else [str(name) for name in class_names]
         super().__init__(num_classes, optimizer, scheduler, class_names)
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
-        settings: dict[str, Any] = {"num_labels": num_classes}
-        if class_names is not None:
-            settings["id2label"] = dict(enumerate(class_names))
-            settings["label2id"] = {name: number for number, name in enumerate(class_names)}
+        settings = labels(num_classes, class_names)
 
         def weights(source: str) -> Any:
             from transformers import AutoModelForImageClassification

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mask.data.pretrained import load
+from lightning_mask.data.pretrained import labels, load
 from lightning_mask.tasks.classifier import Classifier
 from lightning_mask.tasks.task import Batch, MakeOptimizer, MakeScheduler
 
@@ -72,10 +72,7 @@ class TextClassifier(Classifier):
         if dropout is not None and not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
-        settings: dict[str, Any] = {"num_labels": num_classes}
-        if class_names is not None:
-            settings["id2label"] = dict(enumerate(class_names))
-            settings["label2id"] = {name: number for number, name in enumerate(class_names)}
+        settings = labels(num_classes, class_names)
         self.net = _network(model, settings, pretrained, attn_implementation, dropout)
         if gradient_checkpointing:
             self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

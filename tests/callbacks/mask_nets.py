@@ -97,23 +97,24 @@ class Stream(IterableDataset[Any]):
         return iter(data())
 
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
 def trainer(*callbacks: Any, **arguments: Any) -> pl.Trainer:
     """A quiet Trainer on the CPU, two epochs unless told otherwise."""
     if not {"max_steps", "max_epochs", "fast_dev_run"} & set(arguments):
         arguments["max_epochs"] = 2
     if "max_steps" in arguments:
         arguments.setdefault("max_epochs", -1)
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    if arguments.get("barebones"):
-        quiet = {"accelerator": "cpu", "devices": 1}
+    quiet = {name: QUIET[name] for name in ("accelerator", "devices")} if arguments.get("barebones") else QUIET
     return pl.Trainer(**{**quiet, **arguments}, callbacks=list(callbacks))
 
 

@@ -1,24 +1,10 @@
-"""One thread, a quiet Lightning, an empty working folder, and the networks of the callbacks' tests."""
+"""The networks of the callbacks' tests, and their fixture."""
 
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
+from tests.quiet import quiet_and_apart
+
+__all__ = ["quiet_and_apart"]
 
 sys.path.append(str(Path(__file__).parents[1] / "callbacks"))
-
-
-@pytest.fixture(autouse=True)
-def _quiet_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)

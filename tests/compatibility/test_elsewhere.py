@@ -11,23 +11,14 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 from lightning.pytorch.cli import LightningCLI
-from mask_nets import Net, fit, loader, weights
+from mask_nets import QUIET, Net, fit, loader, weights
 from ours import ARGUMENTS, assert_equal, assert_exact, cells, make
 
 from lightning_mask import MaskSet, PruneMask
 from lightning_mask.core import MaskEngine
 
 GROUP = "Beside the Trainer"
-QUIET = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "max_epochs": 2,
-}
+TRAINER = {**QUIET, "max_epochs": 2}
 
 
 class Data(pl.LightningDataModule):
@@ -47,7 +38,7 @@ class Plain(Net):
 
 def command_line(callbacks: list[dict[str, Any]], *arguments: str) -> LightningCLI:
     """``fit --config run.yaml <arguments>`` with these callbacks in the file."""
-    Path("run.yaml").write_text(yaml.safe_dump({"trainer": {**QUIET, "callbacks": callbacks}}, sort_keys=False))
+    Path("run.yaml").write_text(yaml.safe_dump({"trainer": {**TRAINER, "callbacks": callbacks}}, sort_keys=False))
     return LightningCLI(Plain, Data, args=["fit", "--config", "run.yaml", *arguments], save_config_callback=None)
 
 
@@ -138,7 +129,7 @@ class Data(pl.LightningDataModule):
 
 def fit(callback, ckpt_path=None, **arguments):
     net = Net()
-    trainer = pl.Trainer(**{**QUIET, **arguments}, callbacks=[callback])
+    trainer = pl.Trainer(**{**TRAINER, **arguments}, callbacks=[callback])
     trainer.fit(net, loader(), ckpt_path=ckpt_path)
     return trainer, net.state_dict()
 
@@ -151,7 +142,7 @@ for name, arguments in ARGUMENTS.items():
     fit(make(**arguments), max_epochs=1)[0].save_checkpoint("half.ckpt")
     ends.append(fit(make(**arguments), "half.ckpt")[1])
     callbacks = [{"class_path": f"lightning_mask.{name}", "init_args": arguments}]
-    args = {"subcommand": "fit", "fit": {"trainer": {**QUIET, "callbacks": callbacks}}}
+    args = {"subcommand": "fit", "fit": {"trainer": {**TRAINER, "callbacks": callbacks}}}
     ends.append(LightningCLI(Net, Data, args=args, save_config_callback=None).model.state_dict())
     assert all(torch.equal(ends[0][name], end[name]) for end in ends for name in ends[0])
     torch.save(ends[0], f"{name}.pt")
@@ -163,7 +154,7 @@ def other_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the weights at the end of a fit with each of our callbacks, from a process that begins with that package."""
     folder = tmp_path_factory.mktemp("other")
     header = f"import sys\nsys.path.append({str(Path(__file__).parents[1] / 'callbacks')!r})\n"
-    header += f"ARGUMENTS, QUIET = {ARGUMENTS!r}, {QUIET!r}\n"
+    header += f"ARGUMENTS, QUIET = {ARGUMENTS!r}, {TRAINER!r}\n"
     command = [sys.executable, "-c", header + OTHER_PACKAGE]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mask.core import Selection, structures
 from lightning_mask.core.allocation import Budget
-from lightning_mask.core.selection import choose
+from lightning_mask.core.choosing import choose
 
 # What a head's entries do in the model.
 

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from lightning_mask.core import Context, MaskSet, Selection
 from lightning_mask.core.allocation import Budget
-from lightning_mask.core.selection import choose, n_of_m, select
+from lightning_mask.core.choosing import choose, n_of_m
+from lightning_mask.core.selection import select
 
 # Choosing.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_mask.core import MaskSet, Selection, structures
 from lightning_mask.core.allocation import Budget
-from lightning_mask.core.selection import choose
+from lightning_mask.core.choosing import choose
 
 # Any structure: the masks are those of a computation entry by entry.
 
@@ -168,7 +168,7 @@ def test_the_nearest_number_of_whole_units():
 def test_long_rows_are_ranked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
     score = torch.randint(9, (7, 50), generator=torch.Generator().manual_seed(0))
     at_once = choose({"w": score}, [(["w"], Budget(0.2))], "entry", "row")["w"]
-    monkeypatch.setattr("lightning_mask.core.selection._AT_ONCE", 100)
+    monkeypatch.setattr("lightning_mask.core.choosing._AT_ONCE", 100)
     assert torch.equal(choose({"w": score}, [(["w"], Budget(0.2))], "entry", "row")["w"], at_once)
     assert at_once.sum(1).tolist() == [10] * 7
 

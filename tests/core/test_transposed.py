@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_mask.core import Context, MaskSet, Selection
 from lightning_mask.core.allocation import Budget
+from lightning_mask.core.choosing import choose, n_of_m
 from lightning_mask.core.criteria import compute
 from lightning_mask.core.criteria.weights import spectral
-from lightning_mask.core.selection import choose, n_of_m
 from lightning_mask.core.transposed import transposed_weights, turned, turned_shape
 
 

@@ -1,21 +1,3 @@
-"""One thread, a quiet Lightning, an empty working folder for every page."""
+from tests.quiet import quiet_and_apart
 
-import logging
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _quiet_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
+__all__ = ["quiet_and_apart"]

@@ -12,7 +12,7 @@ from plain_and_ours import Setting, Task, adamw, bits, fit, make_batches, make_n
 from torch import Tensor
 
 from lightning_mask import FreezeMask, MaskSet, PruneMask
-from lightning_mask.core.selection import n_of_m
+from lightning_mask.core.choosing import n_of_m
 
 SCOPE = ["few.weight", "most.weight", "some.weight"]
 STEPS = 10

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_mask import FreezeMask
 from lightning_mask.core.allocation import share
+from lightning_mask.core.choosing import share_out
 from lightning_mask.core.patterns import resolve
-from lightning_mask.core.selection import share_out
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

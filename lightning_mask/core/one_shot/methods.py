@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mask.core.allocation import Budget
-from lightning_mask.core.selection import choose, n_of_m
+from lightning_mask.core.choosing import choose, n_of_m
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from torch import nn
 
 from lightning_mask.core import allocation as allocations
 from lightning_mask.core.allocation import Budget
+from lightning_mask.core.choosing import check_n_of_m
 from lightning_mask.core.one_shot.layers import Weight, weights_of
 from lightning_mask.core.one_shot.methods import METHODS, Quota, Settings
 from lightning_mask.core.patterns import Patterns, as_patterns, resolve
 from lightning_mask.core.prunable import default_scope, largest_share, read_sparsity
-from lightning_mask.core.selection import check_n_of_m, check_patterns
+from lightning_mask.core.selection import check_patterns
 from lightning_mask.core.transposed import is_conv1d
 
 _ALLOCATIONS = ("uniform", "erk", "row")
