@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,16 +28,28 @@ from tests.distributed.forks import clean_environment, free_port
 Config = Callable[..., DictConfig]
 HERE = Path(__file__).parent
 SHORT = [*TINY, "test=false", "logger=none", "scheduler=none", "trainer.max_steps=4"]
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems or makes network namespaces: needs root")
+
+
+def can(*words: str) -> bool:
+    """Whether the kernel lets this user do something; root of a container may not have the capability for it."""
+    return shutil.which(words[0]) is not None and not subprocess.run(words, check=False, capture_output=True).returncode
+
+
+# Only a real file system fills up, and only the kernel can cut a link between two hosts; where a user may not ask for
+# either, there is nothing that could be tested instead. .ci/run, as root of a machine of its own, runs them all.
+MAY_MOUNT = can("unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir())
+needs_mounts = pytest.mark.skipif(not MAY_MOUNT, reason="may not mount a file system")
+needs_hosts = pytest.mark.skipif(
+    not (can("unshare", "--net", "true") and can("ip", "netns", "list")),
+    reason="may not make network namespaces, or no iproute2",
+)
 
 
 @contextmanager
 def tmpfs(folder: Path, options: str) -> Iterator[Path]:
     """A small file system of its own."""
     folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=False)
-    if done.returncode:
-        pytest.skip("this machine lets nobody mount a tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
     try:
         yield folder
     finally:
@@ -47,7 +60,7 @@ def step_of(path: Path) -> int:
     return int(torch.load(path, weights_only=True)["global_step"])
 
 
-@root_only
+@needs_mounts
 def test_a_full_disk_is_named_and_the_checkpoint_before_stays_usable(config: Config, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "small", "size=1m") as disk:
         words = [*SHORT, f"paths.output_dir={disk / 'run'}", "report=null", "callbacks.best=null"]
@@ -69,6 +82,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays_usable(config: Con
         assert step_of(checkpoints / "last.ckpt") == 8
 
 
+@pytest.mark.skipif(os.geteuid() == 0 and not MAY_MOUNT, reason="root writes everywhere, and may not mount here")
 def test_a_folder_that_cannot_be_written_to_is_refused_before_training(config: Config, tmp_path: Path) -> None:
     cfg = config(*SHORT, f"paths.output_dir={tmp_path / 'frozen/run'}", "data.batch_size=0")  # refused later, else
     if os.geteuid() == 0:
@@ -231,17 +245,15 @@ def test_under_torchrun_a_killed_rank_ends_the_job_and_a_signal_to_one_rank_save
     assert not [file for file in last.parent.iterdir() if file.name.startswith(".")]
 
 
-@root_only
+@needs_hosts
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_when_a_host_is_cut_off_both_sides_end_within_the_time_limit_and_the_run_goes_on(tmp_path: Path) -> None:
     name = f"lm{os.getpid()}"
 
-    def ip(*words: str) -> int:
-        return subprocess.run(["ip", *words], check=False, capture_output=True).returncode
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
 
-    if shutil.which("ip") is None or ip("netns", "add", f"{name}a"):
-        pytest.skip("this machine lets nobody make network namespaces (iproute2)")
     environment = clean_environment() | {
         "PYTHONPATH": str(HERE.parent / "distributed"),
         "MASTER_ADDR": "10.77.0.1",
@@ -252,7 +264,8 @@ def test_when_a_host_is_cut_off_both_sides_end_within_the_time_limit_and_the_run
     script = [sys.executable, str(HERE / "host_case.py"), str(tmp_path)]
     hosts = []
     try:
-        ip("netns", "add", f"{name}b")
+        for space in ("a", "b"):
+            ip("netns", "add", f"{name}{space}")
         ip("link", "add", "v0", "netns", f"{name}a", "type", "veth", "peer", "name", "v1", "netns", f"{name}b")
         for rank, host in enumerate("ab"):
             space = f"{name}{host}"
@@ -265,15 +278,13 @@ def test_when_a_host_is_cut_off_both_sides_end_within_the_time_limit_and_the_run
             hosts.append(subprocess.Popen(command, env=environment | more, stdout=log, stderr=subprocess.STDOUT))
         wait_for(tmp_path / "last.ckpt", 10)
         ip("-n", f"{name}b", "link", "set", "v1", "down")
-        cut = time.monotonic()
-        codes = [host.wait(timeout=120) for host in hosts]
-        assert all(code not in (0, None) for code in codes)
-        assert time.monotonic() - cut < 100, "twelve seconds are the limit of each wait"
+        codes = [host.wait(timeout=100) for host in hosts]  # twelve seconds are the limit of each wait
+        assert 0 not in codes
     finally:
         for host in hosts:
             host.kill()
         for space in ("a", "b"):
-            ip("netns", "del", f"{name}{space}")
+            subprocess.run(["ip", "netns", "del", f"{name}{space}"], check=False)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert "Error" in (tmp_path / "0.log").read_text()
