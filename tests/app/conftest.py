@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> Callable[..., DictConfig]:
     return make
 
 
-def command(*words: str, cwd: Path, timeout: float = 150, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command; standard error goes where standard output goes."""
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "HYDRA_FULL_ERROR")}
     return subprocess.run(
@@ -53,13 +53,10 @@ def command(*words: str, cwd: Path, timeout: float = 150, **environment: str) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
         check=False,
     )
 
 
-def train_command(
-    *overrides: str, cwd: Path, timeout: float = 150, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def train_command(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run scripts/train.py in a process of its own."""
-    return command(sys.executable, str(REPO / "scripts/train.py"), *overrides, cwd=cwd, timeout=timeout, **environment)
+    return command(sys.executable, str(REPO / "scripts/train.py"), *overrides, cwd=cwd, **environment)

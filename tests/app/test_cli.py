@@ -202,7 +202,7 @@ TWO = [*TINY, "trainer=ddp_cpu", "logger=none", "test=false", "trainer.max_steps
     ids=["run", "sweep"],
 )
 def test_train_starts_all_ranks(words: list[str], folder: str, tmp_path: Path) -> None:
-    done = command(str(BIN), "train", *words, "seed=3", *TWO, cwd=tmp_path, timeout=280, OMP_NUM_THREADS="1")
+    done = command(str(BIN), "train", *words, "seed=3", *TWO, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout
     summary = json.loads((tmp_path / folder / "summary.json").read_text())
     assert (summary["seed"], summary["world_size"], summary["mask"]["held_changed"]) == (3, 2, 0)

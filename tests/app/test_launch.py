@@ -98,7 +98,7 @@ def test_in_a_sweep_all_ranks_run_the_same_job(sweeper: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_failing_job_ends_the_sweep(tmp_path: Path) -> None:
-    done = train_command("-m", *TWO, "mask.train=[net.nope],[net.classifier]", cwd=tmp_path, timeout=120)
+    done = train_command("-m", *TWO, "mask.train=[net.nope],[net.classifier]", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stdout.count("error: ") == 1
     assert "net.nope" in done.stdout
@@ -143,7 +143,7 @@ def test_an_error_in_training_ends_the_sweep_and_every_rank(ranks: str, tmp_path
         f"+callbacks.bad.folder={tmp_path}/pids",
         f"+callbacks.bad.ranks={ranks}",
     ]
-    done = train_command("-m", *TWO, "mask=head", *bad, "seed=0,1", cwd=tmp_path, timeout=90, PYTHONPATH=str(tmp_path))
+    done = train_command("-m", *TWO, "mask=head", *bad, "seed=0,1", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode != 0
     assert "RuntimeError: out of luck" in done.stdout
     (sweep,) = (tmp_path / "logs/smoke/sweeps").iterdir()

@@ -34,7 +34,7 @@ def torchrun(script: str, *words: str, cwd: Path, **environment: str) -> subproc
     """Run a line of bash as two ranks; ``$RANK`` tells them apart, ``"$@"`` are the words."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     return command(
-        *launcher, "bash", "-c", script, "train", *words, cwd=cwd, timeout=250, OMP_NUM_THREADS="1", **environment
+        *launcher, "bash", "-c", script, "train", *words, cwd=cwd, OMP_NUM_THREADS="1", **environment
     )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def other_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     header = f"import sys\nsys.path.append({str(Path(__file__).parents[1] / 'callbacks')!r})\n"
     header += f"ARGUMENTS, QUIET = {ARGUMENTS!r}, {TRAINER!r}\n"
     command = [sys.executable, "-c", header + OTHER_PACKAGE]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -34,7 +34,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_ranks(ranks: int, function: Function, *arguments: Any, seconds: float = 60) -> list[int]:
+def run_ranks(ranks: int, function: Function, *arguments: Any, seconds: float = 600) -> list[int]:
     """Run ``function(*arguments)`` in ``ranks`` forked processes at once; return their exit codes, negative: a signal.
 
     With two ranks or more they find each other as under torchrun. What is left after ``seconds`` is killed (code -9).

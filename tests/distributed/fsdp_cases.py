@@ -728,4 +728,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(max(abs(code) for code in run_ranks(2, main, Path(sys.argv[1]), seconds=200)))
+    sys.exit(max(abs(code) for code in run_ranks(2, main, Path(sys.argv[1]))))

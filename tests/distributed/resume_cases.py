@@ -210,7 +210,7 @@ def dies(root: Path) -> dict[str, Any]:
     """Needs what the case of that name left: its uninterrupted run."""
     name = "all together, batch norm and dropout"
     case, folder = CASES[name], root / name.replace(" ", "_")
-    codes = run_ranks(2, train, case, 2, folder, "died", 1, [saving(case, folder / "died"), Die()], seconds=60)
+    codes = run_ranks(2, train, case, 2, folder, "died", 1, [saving(case, folder / "died"), Die()])
     last = max((folder / "died").glob("*.ckpt"), key=lambda file: int(file.stem))
     again = run_ranks(2, train, case, 2, folder, "alive", 99, [saving(case, folder / "unused")], str(last))
     return {"codes": codes, "last": last.stem, "again": again, "odd": compare(case, 2, folder, "alive")}

@@ -45,7 +45,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=240,
     )
     files = [folder / f"rank{rank}.json" for rank in (0, 1)]
     assert all(file.exists() for file in files), done.stderr[-3000:]

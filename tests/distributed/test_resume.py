@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     found = {}
     try:
         for ranks, script in scripts.items():
-            output, _ = script.communicate(timeout=280)
+            output, _ = script.communicate()
             file = folders[ranks] / "results.json"
             assert file.exists(), output[-3000:]
             found[ranks] = json.loads(file.read_text())

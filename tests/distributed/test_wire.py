@@ -5,7 +5,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +247,7 @@ def late() -> dict[str, Any]:
 
 def one_rank(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo")
     results: dict[str, Any] = {name: compare(case) for name, case in CASES.items()}
     results |= {"held": held_are_local(), "sparse": sparse(), "late": late()}
     note(folder / f"rank{dist.get_rank()}.json", results)
@@ -260,7 +259,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks saw."""
     folder = tmp_path_factory.mktemp("wire")
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=clean_environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, __file__, str(folder)], env=clean_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
@@ -347,4 +346,4 @@ def test_bad_indices_are_refused(index: Tensor, message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(int(any(run_ranks(2, one_rank, Path(sys.argv[1]), seconds=90))))
+    sys.exit(int(any(run_ranks(2, one_rank, Path(sys.argv[1])))))

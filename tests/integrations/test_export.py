@@ -46,7 +46,6 @@ def test_a_run_becomes_a_folder_that_transformers_loads_alone(tmp_path: Path) ->
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,7 +60,6 @@ def test_a_run_becomes_a_folder_that_transformers_loads_alone(tmp_path: Path) ->
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
         check=False,
     )
     assert plain.returncode == 0, plain.stderr
