@@ -1,5 +1,9 @@
-"""Sparse files: of a tensor with enough zeros its other entries, in order, and a bit for each entry; of others all."""
+"""Sparse files: of a tensor with enough zeros its other entries, in order, and a bit for each entry; of others all.
 
+The header has a hash of all that the file holds.
+"""
+
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -61,7 +65,7 @@ def save_sparse(state: Mapping[str, Tensor], path: PathLike, metadata: Mapping[s
         **(metadata or {}),
     }
     with whole_file(path) as temporary:
-        save_file(content, temporary, metadata=header)
+        save_file(content, temporary, metadata=header | {"hash": _hash(content, header)})
         wrong = unlike(state, load_sparse(temporary))
         if wrong is not None:
             raise RuntimeError(f"{path}: {wrong} did not load equal to what was written.")
@@ -107,7 +111,20 @@ def read_sparse(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"The sparse file {str(path)!r} is damaged ({error}); write it again.") from None
     if header.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} is not a sparse file of this package; write one with save_sparse.")
+    if header.get("hash") != _hash(content, header):
+        raise ValueError(
+            f"The sparse file {str(path)!r} is damaged: its content does not match its hash; write it again."
+        )
     return content, header
+
+
+def _hash(content: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 of all that a sparse file holds: its header, without the hash itself, and its tensors."""
+    made = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "hash"}, sort_keys=True).encode())
+    for name, tensor in sorted(content.items()):
+        made.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        made.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return made.hexdigest()
 
 
 def _alive(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_mask.export import layers_2to4, load_semi_structured, load_sparse, save_dense, save_sparse
 from lightning_mask.export.semi_structured import require_cuda, save_semi_structured, semi_structured
+from lightning_mask.export.sparse import _hash
 
 
 def pruned(shape: tuple[int, ...], sparsity: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -129,6 +130,16 @@ def test_a_buffer_that_is_a_part_of_a_weight_and_one_that_holds_nan_are_written_
         assert all(bits(back[name]) == bits(tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_bit_that_is_not_what_was_written_is_noticed_wherever_it_lies(tmp_path: Path):
+    path = tmp_path / "sparse.safetensors"
+    save_sparse({"w": pruned((9, 9), 0.9), "b": torch.ones(3, dtype=torch.bfloat16)}, path)
+    written = path.read_bytes()
+    for place in range(len(written)):
+        path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        with pytest.raises(ValueError, match=r"is damaged|not a sparse file"):
+            load_sparse(path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -150,8 +161,8 @@ def test_a_sparse_file_whose_parts_do_not_go_together_is_refused(tmp_path: Path,
         header, content = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert json.loads(header["shapes"]) == {"w": [30, 30]}
     damage(header, content)
-    save_file(content, path, metadata=header)
-    with pytest.raises(ValueError, match="is damaged"):
+    save_file(content, path, metadata=header | {"hash": _hash(content, header)})
+    with pytest.raises(ValueError, match=r"is damaged \("):
         load_sparse(path)
 
 
