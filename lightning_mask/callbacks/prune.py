@@ -261,6 +261,11 @@ class PruneMask(MaskCallback):
         if scores is not None:
             self._refuse_whole_layers(self._choose(scores, final, session), scores, final, session)
         session.say(self._cost(session))
+        if self._rewind.step is not None and self._ramp.end >= session.run().total_steps - 1:
+            session.say(
+                f"PruneMask: the last update falls into the run's last step, after which nothing goes back to "
+                f"rewind={str(self.rewind)!r}: end the ramp earlier or train longer"
+            )
 
     def _scores_before_training(self, session: Session) -> Scores | None:
         """Scores by which the last update will empty the same layers; None where these cannot be told yet, or may go."""

@@ -267,6 +267,13 @@ def test_the_record_and_the_logger_tell_the_sparsity_of_each_layer(tmp_path: Pat
     assert logged == pytest.approx([row["layers"][SCOPE[0]] for row in pruner.history])
 
 
+@pytest.mark.parametrize(("end", "said"), [(15, True), (14, False)])
+def test_an_update_that_no_rewind_can_follow_is_told_before_training(end: int, said: bool, caplog: Any) -> None:
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    fit(Net(), PruneMask(0.5, scope=SCOPE, end=f"{end} steps", every="5 steps", rewind="0%"), max_epochs=2)
+    assert any("nothing goes back to rewind='0%'" in r.getMessage() for r in caplog.records) == said
+
+
 def test_the_cost_is_told_before_training(capsys: Any, caplog: Any) -> None:
     caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     fit(Net(), PruneMask(0.5, score="taylor", scope=SCOPE, start="0 steps", end="8 steps", every="4 steps", batches=2))
