@@ -227,7 +227,7 @@ def train(
 ) -> Any:
     strategy: Any = "ddp" if ranks > 1 else "auto"
     if net.shards:
-        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=folder)
+        strategy = ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=folder)
     run = trainer(*callbacks, ranks=ranks, strategy=strategy, **{"max_steps": STEPS, **arguments})
     run.fit(net, datamodule=Data(), ckpt_path=ckpt, weights_only=True)
     return run
@@ -529,6 +529,38 @@ def across(name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+def alone(folder: Path) -> None:
+    """One process that holds the model whole, its checkpoint, and what it ends with."""
+    quiet()
+    net, callbacks = Dealt(shards=False, make=two_groups), PLANS["phases"]()
+    train([*callbacks, Save(folder, [6])], net, ranks=1)
+    torch.save({"weights": whole(net), "masks": [c.masks.hash() for c in callbacks]}, folder / "end.pt")
+
+
+def other_number(ranks: int, starts: dict[str, tuple[Path, bool]], folder: Path) -> dict[str, Any]:
+    """Runs that go on on another number of ranks than wrote their checkpoints, dealt out or not, against one process alone."""
+    end, found = torch.load(folder / "end.pt"), {}
+    for name, (start, into_folder) in starts.items():
+        for shards in (True, False):
+            if into_folder and not shards:
+                continue
+            net, callbacks = Dealt(shards=shards, make=two_groups), PLANS["phases"]()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.fill_(7.0)
+            train(callbacks, net, ckpt=start, folder=into_folder, ranks=ranks)
+            same = [c.masks.hash() for c in callbacks] == end["masks"]
+            found[f"{name}, {'shards' if shards else 'whole'}"] = far(whole(net), end["weights"]) if same else "masks"
+    return found
+
+
+def back_to_one(folder: Path) -> None:
+    """Checkpoints of two ranks' shards on one."""
+    quiet()
+    starts = {into: (folder / f"0{into == 'folder'}" / "6.ckpt", into == "folder") for into in ("file", "folder")}
+    (folder / "one.json").write_text(json.dumps(other_number(1, starts, folder / "alone")))
+
+
 def clipped() -> dict[str, Any]:
     """Clipping by the norm over all ranks' active entries, which is that of DDP."""
     found = {}
@@ -678,10 +710,15 @@ def loop(cls: Any, kind: str, engine: str) -> dict[str, Tensor]:
     }
 
 
-def main(folder: Path) -> None:
+def quiet() -> None:
+    """No logs, and one thread."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+
+
+def main(folder: Path) -> None:
+    quiet()
     cases: dict[str, Callable[[], Any]] = {name: lambda n=name: plan(n) for name in PLANS}
     cases["accumulating"] = lambda: plan("magnitude", accumulate_grad_batches=2)
     resumed = ("phases", "all together", "random, drawn anew", "rewind", "lottery", "gradient mask", "behind")
@@ -695,6 +732,7 @@ def main(folder: Path) -> None:
         for i, name in enumerate(("magnitude", "phases"))
     }
     cases |= {
+        "from one": lambda: other_number(2, {"file": (folder / "alone/6.ckpt", False)}, folder / "alone"),
         "clipped": clipped,
         "freed": freed,
         "saved file": lambda: saved_file(folder / "report"),
@@ -728,4 +766,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(max(abs(code) for code in run_ranks(2, main, Path(sys.argv[1]))))
+    root = Path(sys.argv[1])
+    codes = [*run_ranks(1, alone, root / "alone"), *run_ranks(2, main, root), *run_ranks(1, back_to_one, root)]
+    sys.exit(max(map(abs, codes)))

@@ -26,7 +26,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     )
     files = [folder / f"rank{rank}.json" for rank in (0, 1)]
     assert all(file.exists() for file in files), done.stderr[-3000:]
-    return [json.loads(file.read_text()) for file in files]
+    seen = [json.loads(file.read_text()) for file in files]
+    one = folder / "one.json"
+    assert one.exists(), done.stderr[-3000:]
+    return [rank | {"back to one": json.loads(one.read_text())} for rank in seen]
 
 
 def case(ranks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -169,6 +172,16 @@ def test_a_checkpoint_moves_between_replicas_shards_and_engines(ranks: list[dict
         assert seen["masks"]
         for way in ("ddp to shards", "shards to ddp", "compact to dense"):
             assert seen[way] < CLOSE
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_number_of_ranks_dealt_out_or_not(ranks: list[dict[str, Any]]) -> None:
+    seen = case(ranks, "from one")
+    assert [set(rank) for rank in seen] == [{"file, shards", "file, whole"}] * 2
+    back = ranks[0]["back to one"]
+    assert set(back) == {"file, shards", "file, whole", "folder, shards"}
+    for distance in (d for found in (*seen, back) for d in found.values()):
+        assert distance < CLOSE, (seen, back)
 
 
 @pytest.mark.slow
