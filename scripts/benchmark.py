@@ -1,6 +1,6 @@
 """Step time, memory and traffic of masked training, as ratios of interleaved runs.
 
-    python scripts/benchmark.py              # all but the last two, with a table of goals; a quarter of an hour
+    python scripts/benchmark.py              # all but the last three, with a table of goals; a quarter of an hour
     python scripts/benchmark.py step         # a training step in every way
     python scripts/benchmark.py memory       # peak memory of every way, of a ranking, and the size of mask files
     python scripts/benchmark.py phases       # freeze, then unfreeze; and the time of a change of mask
@@ -8,6 +8,7 @@
     python scripts/benchmark.py ddp          # two processes
     python scripts/benchmark.py holders      # the ways of holding one tensor, by density and by size
     python scripts/benchmark.py profile      # where the time of a step goes
+    python scripts/benchmark.py scaling      # one process, two, two hosts with a limited link (root, iproute2); a projection
 
 Each run is a ``Trainer.fit`` on the MiniLM checkpoint (22.6 M parameters, batches of 8 x 32 tokens, AdamW fused with
 weight decay, 2 threads or 2 processes of one). The runs live side by side and take turns of a few steps in random order.
@@ -25,19 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import ddp, density, holders, phases, stages, steps
+from benchmark import ddp, density, holders, phases, scaling, stages, steps
 from benchmark.memory import quiet
 from benchmark.model import BATCH, DENSITY, THREADS, TOKENS, load
+from benchmark.pair import why_no_hosts
 from benchmark.ways import installed
 from rich.console import Console
 from rich.table import Table
 
 Rows = list[dict[str, Any]]
 SECTIONS = ("step", "memory", "phases", "density", "ddp")
+ALONE = ("holders", "profile", "scaling")
 OTHERS = {"peft": "SHiRA", "finetuning_scheduler": "finetuning-scheduler", "matplotlib": "the plot"}
 
 
-def measure(what: str, rounds: int, length: int, output: Path) -> tuple[dict[str, Rows], Rows]:
+def measure(what: str, rounds: int, length: int, output: Path, compute_ms: float) -> tuple[dict[str, Rows], Rows]:
     """Measure one section; return its tables by name, and its goals with what was measured."""
     if what == "holders":
         return {"holders": holders.holders(rounds), "lines": holders.lines(rounds)}, []
@@ -54,6 +57,9 @@ def measure(what: str, rounds: int, length: int, output: Path) -> tuple[dict[str
     base = load()
     if what == "profile":
         return {"profile": stages.profile(base, rounds, length)}, []
+    if what == "scaling":
+        rows, goals = scaling.scaling(base, half(half(rounds)), max(length // 2, 2), not why_no_hosts())
+        return {"scaling": rows, "projection": scaling.projection(*scaling.sent_bytes(rows), compute_ms)}, goals
     if what == "step":
         rows, goals = steps.step(base, rounds, length)
         return {"step": rows}, goals
@@ -72,7 +78,7 @@ def half(rounds: int) -> int:
     return max(rounds // 2, 1)
 
 
-def titles() -> dict[str, str]:
+def titles(compute_ms: float) -> dict[str, str]:
     batch = f"{BATCH} x {TOKENS} tokens"
     return {
         "step": f"A training step, masks at {DENSITY:.0%} ({batch}, {THREADS} threads)",
@@ -86,6 +92,8 @@ def titles() -> dict[str, str]:
         "holders": "Mask the gradients and restore the weights of MiniLM",
         "lines": f"A step of a Linear of which one in {holders.SHARE} rows is active ({BATCH * TOKENS} tokens)",
         "profile": f"Where the time of a step goes, ms ({batch}, {THREADS} threads)",
+        "scaling": f"Masks at {DENSITY:.0%} against dense DDP ({scaling.BATCH} x {TOKENS} tokens and one thread each)",
+        "projection": f"A PROJECTION, not measured: a step on many GPUs\n{scaling.assumptions(compute_ms)}",
         "bytes": "Bytes of an active entry, measured (mask: of every entry)",
         "at scale": "On paper: GB of one rank, from the bytes of an entry\n" + formula(),
         "goals": "Goals",
@@ -129,30 +137,38 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", *SECTIONS, "holders", "profile"])
+    parser.add_argument("what", nargs="?", default="all", choices=["all", *SECTIONS, *ALONE])
     parser.add_argument("--rounds", type=int, default=20, help="how often each run takes its turn (default: 20)")
     parser.add_argument("--steps", type=int, default=4, help="training steps of one turn; the first is not counted")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="the plot goes beside it, as .png")
+    parser.add_argument(
+        "--compute-ms", type=float, default=20.0, help="scaling: a step's computing on one GPU of the projection"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.steps < 2:
         parser.error("--rounds must be at least 1 and --steps at least 2: the first step of a turn is not counted")
+    if not arguments.compute_ms > 0:
+        parser.error(f"--compute-ms must be above 0, and is {arguments.compute_ms:g}")
     quiet()
     torch.set_num_threads(THREADS)
     console = Console(width=120)
     for package, what in OTHERS.items():
         if not installed(package):
             console.print(f"{package} is not installed, so {what} is left out; install the extra 'bench'.")
+    if arguments.what == "scaling" and (why := why_no_hosts()):
+        console.print(f"Two hosts with a limited link are left out: {why}.")
+    headings = titles(arguments.compute_ms)
     sections = SECTIONS if arguments.what == "all" else (arguments.what,)
     results: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
     goals: Rows = []
     seconds: dict[str, float] = {}
     for section in sections:
         begin = time.perf_counter()
-        tables, promises = measure(section, arguments.rounds, arguments.steps, arguments.output)
+        tables, promises = measure(section, arguments.rounds, arguments.steps, arguments.output, arguments.compute_ms)
         seconds[section] = time.perf_counter() - begin
         goals += promises
         for name, rows in tables.items():
-            show(console, titles()[name], rows)
+            show(console, headings[name], rows)
         console.print(f"{section}: {seconds[section]:.0f} s\n")
         results |= tables
     if arguments.what == "all":
@@ -160,10 +176,10 @@ def main() -> None:
         each = [f(base, results["step"], results["ddp"]) for f in (steps.dense_bytes_per_entry, steps.bytes_per_entry)]
         results["bytes"] = [{"way": way, **row} for way, row in zip(("dense", "ours"), each, strict=True)]
         results["at scale"] = steps.at_scale(*each)
-        show(console, titles()["bytes"], results["bytes"])
-        show(console, titles()["at scale"], results["at scale"])
+        show(console, headings["bytes"], results["bytes"])
+        show(console, headings["at scale"], results["at scale"])
     if goals:
-        show(console, titles()["goals"], goals)
+        show(console, headings["goals"], goals)
     write({**results, "goals": goals, "seconds": seconds}, arguments.output)
 
 

@@ -1,10 +1,6 @@
 """Two processes under DDP (gloo, one thread each): step time, bytes on the wire, and whether the replicas stay equal."""
 
-import multiprocessing
-import os
-import socket
 import statistics
-from multiprocessing.connection import Connection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,15 +8,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
-from benchmark.memory import quiet
 from benchmark.model import DENSITY, load, random_masks
+from benchmark.pair import RANKS, in_pair
 from benchmark.turns import WARM, Clock, Way, interleave, ratio, size
 from benchmark.ways import by_hand, ours, phase_ways
 
-RANKS = 2
 DENSE, OURS = "dense DDP", "ours"
-LIMIT = 900
-"""Seconds after which two ranks are taken to hang."""
 
 
 class ReplicasEqual(Callback):
@@ -46,40 +39,8 @@ def two_processes(rounds: int, steps: int) -> dict[str, list[dict[str, Any]]]:
     Raises:
         RuntimeError: If a rank fails.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results, to = context.Pipe(duplex=False)
-    ranks = [context.Process(target=_rank, args=(rank, port, to, rounds, steps)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    to.close()
-    try:
-        if not results.poll(LIMIT):
-            raise RuntimeError(f"Two ranks did not finish in {LIMIT} s; take fewer rounds.")
-        rows: dict[str, list[dict[str, Any]]] = results.recv()
-    except EOFError:
-        raise RuntimeError("A rank failed; its error stands above.") from None
-    finally:
-        for process in ranks:
-            process.join(10)
-            process.kill()
+    rows: dict[str, list[dict[str, Any]]] = in_pair(_measure, rounds, steps)
     return rows
-
-
-def _rank(rank: int, port: int, to: Connection, rounds: int, steps: int) -> None:
-    quiet()
-    torch.set_num_threads(1)
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        rows = _measure(rounds, steps)
-        if rank == 0:
-            to.send(rows)
-    finally:
-        to.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _measure(rounds: int, steps: int) -> dict[str, list[dict[str, Any]]]:

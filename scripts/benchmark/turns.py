@@ -81,7 +81,7 @@ class Turns:
         self.changed.notify_all()
 
 
-def sent_bytes() -> int:
+def written_bytes() -> int:
     """Bytes that this process has written so far, sockets and files alike (Linux; 0 elsewhere).
 
     Gloo's messages are among them, whoever asked for them: DDP's reducer, a communication hook or ``torch.distributed``.
@@ -104,10 +104,11 @@ class Clock(Callback):
         name: Of the run.
         turns: Whom to ask for the turn.
         length: Steps of one turn.
+        sent_bytes: Tells how many bytes were sent so far.
     """
 
-    def __init__(self, name: str, turns: Turns, length: int) -> None:
-        self.name, self.turns, self.length = name, turns, length
+    def __init__(self, name: str, turns: Turns, length: int, sent_bytes: Callable[[], int]) -> None:
+        self.name, self.turns, self.length, self.sent_bytes = name, turns, length, sent_bytes
         self.seconds: list[float] = []
         self.sent: list[int] = []
         self.steps = self.state_bytes = self.gradient_bytes = 0
@@ -132,9 +133,9 @@ class Clock(Callback):
     def hand_over(self) -> None:
         """End the turn and wait for the next one."""
         if self.written is not None:
-            self.sent.append((sent_bytes() - self.written) // self.length)
+            self.sent.append((self.sent_bytes() - self.written) // self.length)
         self.turns.take(self.name)
-        self.written = sent_bytes()
+        self.written = self.sent_bytes()
 
     def count_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Add up the gradients of the module's parameters and of those in the optimizer, each once."""
@@ -147,7 +148,7 @@ class Clock(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.began is not None and self.written is not None:
             self.seconds.append(time.perf_counter() - self.began)
-            self.sent.append((sent_bytes() - self.written) // self.length)
+            self.sent.append((self.sent_bytes() - self.written) // self.length)
         state = trainer.optimizers[0].state
         self.state_bytes = sum(size(v) for s in state.values() for v in s.values() if torch.is_tensor(v))
 
@@ -182,6 +183,8 @@ def interleave(
     threads: int = THREADS,
     strategy: str = "auto",
     devices: int = 1,
+    batch: int = BATCH,
+    sent_bytes: Callable[[], int] = written_bytes,
 ) -> dict[str, Clock]:
     """Train a copy of ``base`` in every way at once, ``steps`` at a time in turn, each in its own thread.
 
@@ -191,7 +194,7 @@ def interleave(
     """
     ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: threads share one heap, as one run alone would have it
     turns = Turns(ways)
-    clocks = {name: Clock(name, turns, steps) for name in ways}
+    clocks = {name: Clock(name, turns, steps, sent_bytes) for name in ways}
     failed: dict[str, BaseException] = {}
 
     def run(name: str) -> None:
@@ -206,7 +209,7 @@ def interleave(
                 strategy=strategy,
                 devices=devices,
             )
-            trainer.fit(module, DataLoader(Tokens(), batch_size=BATCH))
+            trainer.fit(module, DataLoader(Tokens(), batch_size=batch))
         except BaseException as error:
             failed[name] = error
         finally:
