@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_mask.app.ranks import is_first
+
 _NAME = ".lock"
 _BEAT, _LOST = 60.0, 300.0
 """Seconds between two signs of life, and without one until a job on another machine counts as gone."""
@@ -45,12 +47,6 @@ def kept_to_this_job(folder: Path) -> Iterator[None]:
         ended.set()
         if _read(path) == mine:
             path.unlink(missing_ok=True)
-
-
-def is_first() -> bool:
-    """Whether this is the first process of a job, by what launchers tell; known before any process group."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def _holder() -> dict[str, Any]:

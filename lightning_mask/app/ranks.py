@@ -23,6 +23,13 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+def is_first() -> bool:
+    """Whether this is the first process of a job, also where Lightning starts the others; known before any process group."""
+    return place()[0] == 0 and all(
+        os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+    )
+
+
 def check_started() -> None:
     """Refuse to train in the batch script of a SLURM job of several tasks: the other ranks would never come.
 

@@ -13,7 +13,7 @@ from textwrap import dedent
 import pytest
 import torch
 
-from lightning_mask.app.ranks import check_started, words_of_rank
+from lightning_mask.app.ranks import check_started, is_first, place, words_of_rank
 from tests.app.conftest import REPO, TINY, command
 
 TWO = [*TINY, "trainer=ddp_cpu", "logger=none", "test=false"]
@@ -148,3 +148,16 @@ def test_other_ranks_than_the_first_keep_no_config(environment: Callable[..., No
     environment(SLURM_PROCID="1")
     assert words_of_rank(words) == ["-m", "hydra.output_subdir=null", "hydra.job.name=rank-1", *words[1:]]
     assert words_of_rank([]) == ["hydra.output_subdir=null", "hydra.job.name=rank-1"]
+
+
+def test_the_first_process_is_known_whoever_started_it(environment: Callable[..., None]) -> None:
+    environment(NODE_RANK="0", GROUP_RANK="0")
+    assert is_first()
+    environment(LOCAL_RANK="1")  # by Lightning
+    assert not is_first()
+    environment(LOCAL_RANK="0", NODE_RANK="1")
+    assert not is_first()
+    environment(NODE_RANK="0", TORCHELASTIC_RUN_ID="7", RANK="2", WORLD_SIZE="4", GROUP_RANK="0")
+    assert (place(), is_first()) == ((2, 4), False)
+    environment(RANK="0")
+    assert is_first()

@@ -30,7 +30,7 @@ from lightning_mask.app.auto.halving import Outcome, Setting, halve
 from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
 from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
 from lightning_mask.app.launch import RUN
-from lightning_mask.app.lock import is_first
+from lightning_mask.app.ranks import is_first
 from lightning_mask.app.summary import write_json
 from lightning_mask.app.trials import digest, run_quietly
 from lightning_mask.callbacks.signals import told
