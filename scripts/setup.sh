@@ -61,6 +61,7 @@ install_extra() {
         return 1
     fi
     echo "$wanted" >"$stamp.$$" && mv -f "$stamp.$$" "$stamp"
+    echo "installed; for lightning-mask and python in this shell: source $VENV/bin/activate"
 }
 
 # Two set-ups started at once take turns where flock exists; where nothing is to be done, nothing is written.

@@ -25,7 +25,7 @@ def delta() -> None:
       lightning-mask delta save base/ tuned/ -o delta.safetensors
       lightning-mask delta inspect run/delta.safetensors
       lightning-mask delta apply base/ run/delta.safetensors -o tuned/
-      lightning-mask delta revert tuned/ run/delta.safetensors -o base_again/
+      lightning-mask delta revert tuned/ run/delta.safetensors --base base/ -o base_again/
       lightning-mask delta diff base/ base_again/
       lightning-mask delta merge a.safetensors b.safetensors -o both.safetensors
     """
@@ -129,8 +129,8 @@ def revert(
 
     \b
     Examples:
-      lightning-mask delta revert tuned/ run/delta.safetensors                writes tuned-reverted/
-      lightning-mask delta revert tuned/ run/delta.safetensors --base base/ -o base_again/
+      lightning-mask delta revert tuned/ run/delta.safetensors --base base/                writes tuned-reverted/
+      lightning-mask delta revert tuned/ with_originals.safetensors -o base_again/
     """
     from lightning_mask.delta import revert
 
