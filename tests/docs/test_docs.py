@@ -4,15 +4,19 @@ import contextlib
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 from hydra import compose, initialize_config_module
+from lightning.pytorch import Trainer
 from pages import DOCS, blocks, run
 
 from lightning_mask.app.cli.program import program
 
+README = DOCS.parent / "README.md"
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if blocks(page))
 
 
@@ -21,6 +25,22 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page: str) -> Non
     for block, printed in run(DOCS / page):
         if block.prints is not None:
             assert printed == block.prints, f"{page}, line {block.line}"
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs_and_prints_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of training and one of testing: 30 and a whole test set take minutes."""
+
+    class Short(Trainer):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given, fast_dev_run=True, enable_progress_bar=False)
+
+    monkeypatch.setattr("lightning.pytorch.Trainer", Short)
+    training, *others = run(README)
+    assert "MaskSet(105 tensors, 114,721 of 22,714,371 entries active)" in training[1]
+    said = [line for _, printed in others for line in printed.splitlines()]
+    assert said
+    assert all(f"`{line}`" in README.read_text() for line in said)
 
 
 def test_every_guide_and_how_to_has_code_or_commands() -> None:
@@ -34,7 +54,7 @@ def test_the_commands_of_the_pages_are_understood() -> None:
     """Hydra composes their words, and what else follows ``lightning-mask`` are commands and options that there are."""
     lines = [
         shlex.split(line.removeprefix("$ ").replace("<run>", "run"), comments=True)
-        for page in DOCS.rglob("*.md")
+        for page in (README, *DOCS.rglob("*.md"))
         for line in page.read_text().splitlines()
         if line.startswith("$ ")
     ]
@@ -46,7 +66,7 @@ def test_the_commands_of_the_pages_are_understood() -> None:
             ]
             if not known:
                 continue
-            name, *rest = words[known[0] :]
+            name, *rest = takewhile(lambda word: word != "-m", words[known[0] :])  # a sweep's values follow
             name, *rest = rest if name == "lightning-mask" else ("train", *rest)
             if name in ("train", "compare", "prune", "export", "packnet"):
                 compose(name, overrides=rest, return_hydra_config=True)
