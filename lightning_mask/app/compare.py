@@ -15,10 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_mask.app import comparison, errors, launch
+from lightning_mask.app import comparison, launch
 from lightning_mask.app.checks import check_complete
 from lightning_mask.app.summary import write_json
-from lightning_mask.app.train import config_path
 from lightning_mask.app.trials import Trial, is_basic, run_trials, stored
 
 Density = float | None
@@ -432,13 +431,12 @@ def span(seconds: float) -> str:
 
 
 def _job(cfg: DictConfig) -> None:
-    with errors.task():
-        compare(cfg, Path(HydraConfig.get().runtime.output_dir))
+    compare(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line: Hydra's words, by default all that this process was started with."""
-    launch.run(_job, config_path(), "compare", words)
+    launch.run(_job, "compare", words)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_mask.app import errors, launch
+from lightning_mask.app import launch
 from lightning_mask.app.checkpoints import WholeFiles, check_checkpoint
 from lightning_mask.app.checks import check_complete
 from lightning_mask.app.summary import relative
-from lightning_mask.app.train import _model, _quieten, config_path
+from lightning_mask.app.train import _model, _quieten
 from lightning_mask.core.channels import evaluating
 from lightning_mask.core.files import whole_folder
 from lightning_mask.core.maskset import MaskSet
@@ -462,14 +462,9 @@ def _print(facts: dict[str, dict[str, float]], run: Run, written: Written, kind:
     console.print(f"written: {relative(written.path)}", highlight=False, soft_wrap=True)
 
 
-def _job(cfg: DictConfig) -> None:
-    with errors.task():
-        export(cfg)
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line: Hydra's words, by default all that this process was started with."""
-    launch.run(_job, config_path(), "export", words)
+    launch.run(export, "export", words)
 
 
 if __name__ == "__main__":

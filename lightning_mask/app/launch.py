@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -38,9 +39,18 @@ _OF_THE_SWEEP = (
 )
 
 
-def run(
-    job: Callable[[DictConfig], Any], config_path: str, config_name: str, words: Sequence[str] | None = None
-) -> None:
+def config_path() -> str:
+    """Return where Hydra finds the configs: the folder of the checkout that this file lies in, else the package of a wheel.
+
+    Another checkout may be the one that is installed, and its configs need not go with this code.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "conf/train.yaml").is_file() and (checkout / "pyproject.toml").is_file():
+        return str(checkout / "conf")
+    return "pkg://lightning_mask.conf"
+
+
+def run(job: Callable[[DictConfig], Any], config_name: str, words: Sequence[str] | None = None) -> None:
     """Run a Hydra application; bad input ends it as :mod:`lightning_mask.app.errors` says.
 
     While Hydra reads its words, they are all of this process's command line, ``sys.argv``; in a job it is whole again, with
@@ -48,7 +58,6 @@ def run(
 
     Args:
         job: What is done with a composed config.
-        config_path: Folder or package of the configs.
         config_name: Name of the root config.
         words: Hydra's words; None: the whole command line.
     """
@@ -57,12 +66,15 @@ def run(
     @functools.wraps(job)
     def with_whole_command(cfg: DictConfig) -> Any:
         sys.argv = command
-        return job(cfg)
+        with errors.task():
+            return job(cfg)
 
     if words is not None:
         sys.argv = [command[0], *words]
     try:
-        errors.run(hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(with_whole_command))
+        errors.run(
+            hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(with_whole_command)
+        )
     finally:
         sys.argv = command
 

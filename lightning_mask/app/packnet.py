@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_mask.app import errors, launch
+from lightning_mask.app import launch
 from lightning_mask.app.checks import check_complete, check_types
 from lightning_mask.app.summary import relative, write_json
-from lightning_mask.app.train import _callbacks, _quieten, _trainer, config_path
+from lightning_mask.app.train import _callbacks, _quieten, _trainer
 from lightning_mask.callbacks import FreezeMask
 from lightning_mask.core.criteria import Context, registry
 from lightning_mask.core.files import whole_file
@@ -264,14 +264,9 @@ def _figure(task: Task, name: str) -> str:
     return f"{task.accuracy[name]:.4f}" if name in task.accuracy else ""
 
 
-def _job(cfg: DictConfig) -> None:
-    with errors.task():
-        packnet(cfg)
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line: Hydra's words, by default all that this process was started with."""
-    launch.run(_job, config_path(), "packnet", words)
+    launch.run(packnet, "packnet", words)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mask.app import errors, launch
+from lightning_mask.app import launch
 from lightning_mask.app.checkpoints import WholeFiles, check_checkpoint
 from lightning_mask.app.checks import check_complete, check_types
 from lightning_mask.app.summary import relative, summarise, write_json
-from lightning_mask.app.train import _model, _quieten, _trainer, config_path
+from lightning_mask.app.train import _model, _quieten, _trainer
 from lightning_mask.callbacks.calibration import batch_loss
 from lightning_mask.core.files import whole_file
 from lightning_mask.core.maskset import MaskSet, full
@@ -185,14 +185,9 @@ def _print(
     console.print(f"folder: {relative(folder)}", highlight=False, soft_wrap=True)
 
 
-def _job(cfg: DictConfig) -> None:
-    with errors.task():
-        prune(cfg)
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line: Hydra's words, by default all that this process was started with."""
-    launch.run(_job, config_path(), "prune", words)
+    launch.run(prune, "prune", words)
 
 
 if __name__ == "__main__":

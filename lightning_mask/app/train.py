@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mask.app import errors, launch
+from lightning_mask.app import launch
 from lightning_mask.app.agreement import SameRun
 from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint, newest_checkpoint
 from lightning_mask.app.checks import check_complete, check_types, check_used
@@ -393,7 +393,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _job(cfg: DictConfig) -> float | None:
     """Run one job of the command line; a sweeper that searches gets the figure that it asked for."""
-    with errors.task(), one_job(), listening(_signals(cfg)):
+    with one_job(), listening(_signals(cfg)):
         metrics = train(cfg)
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()  # else the next job of a sweep would go on with this one's run
@@ -411,21 +411,10 @@ def _signals(cfg: DictConfig) -> list[str]:
     return [name for b in blocks if str(b.get("_target_")).endswith(".Preemption") for name in b.get("signals", [])]
 
 
-def config_path() -> str:
-    """Return where Hydra finds the configs: the folder of the checkout that this file lies in, else the package of a wheel.
-
-    Another checkout may be the one that is installed, and its configs need not go with this code.
-    """
-    checkout = Path(__file__).resolve().parents[2]
-    if (checkout / "conf/train.yaml").is_file() and (checkout / "pyproject.toml").is_file():
-        return str(checkout / "conf")
-    return "pkg://lightning_mask.conf"
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line: Hydra's words, by default all that this process was started with."""
     agree_on_run()
-    launch.run(_job, config_path(), "train", words_of_rank(sys.argv[1:] if words is None else words))
+    launch.run(_job, "train", words_of_rank(sys.argv[1:] if words is None else words))
 
 
 if __name__ == "__main__":

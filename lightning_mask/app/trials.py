@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_mask.app import errors
 from lightning_mask.app import train as application
-from lightning_mask.app.launch import one_job, subcommand
+from lightning_mask.app.launch import config_path, one_job, subcommand
 from lightning_mask.app.summary import write_json
 
 RESULT = "trial.json"
@@ -188,7 +188,7 @@ def configs() -> Iterator[ConfigLoader]:
     if GlobalHydra.instance().is_initialized():
         yield GlobalHydra.instance().config_loader()
         return
-    place = application.config_path()
+    place = config_path()
     module = place.removeprefix("pkg://")
     how = (
         initialize_config_dir(place, version_base="1.3")

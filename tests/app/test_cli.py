@@ -18,7 +18,6 @@ from lightning_mask import MaskSet
 from lightning_mask.app import errors, launch
 from lightning_mask.app.cli.program import program
 from lightning_mask.app.cli.words import completions
-from lightning_mask.app.train import config_path
 from tests.app.commands import Run, files, refused, run, told
 from tests.app.conftest import TINY, command
 
@@ -124,7 +123,7 @@ def test_words_go_to_hydra_and_every_job_sees_the_whole_command(
         whole = ["lightning-mask", "export", *words]
         monkeypatch.setattr(sys, "argv", whole)
         GlobalHydra.instance().clear()
-        launch.run(job, config_path(), "export", words)
+        launch.run(job, "export", words)
         assert sys.argv is whole
         assert all(argv is whole for _, argv in seen)
         assert [run for run, _ in seen] == (["x", "y"] if "--multirun" in words else ["x"])

@@ -183,5 +183,6 @@ def test_every_cell_of_an_experiment_composes(experiment: str, config: Config, t
         assert made.trainer.max_steps == cfg.steps
         assert made.optimizer.lr == rate(cell.start)
         if cell.density is not None:
-            taken = 1 - made.mask.sparsity if "sparsity" in made.mask else made.mask.density
+            setting = made.callbacks.peer if "peer" in made.callbacks else made.mask
+            taken = 1 - setting.sparsity if "sparsity" in setting else setting.density
             assert taken == pytest.approx(cell.density, rel=1e-9)

@@ -358,7 +358,7 @@ def test_no_callbacks_and_no_logger_is_a_plain_run(config: Config) -> None:
     cfg = config(*TINY[:1], *TINY[2:], "callbacks=none", "logger=none", "mask=none", "test=false")
     assert "train/loss" in train(cfg)
     assert summary_of(cfg)["mask"] == {}
-    assert sorted(f.name for f in Path(cfg.paths.output_dir).iterdir()) == ["summary.json"]
+    assert sorted(f.name for f in Path(cfg.paths.output_dir).iterdir()) == ["report.html", "summary.json"]
 
 
 def test_a_csv_of_the_user(config: Config, tmp_path: Path) -> None:

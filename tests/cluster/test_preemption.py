@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,20 +131,23 @@ def test_a_signal_between_the_trials_of_mask_auto_stops_the_choice_which_then_go
         "test=false",
     ]
     words += ["mask.densities=[0.01]", "logger=none", "report=null", "ckpt_path=auto"]
-    unfinished = tmp_path / "run/auto_trials.json"
+    unfinished, ended = tmp_path / "run/auto_trials.json", threading.Event()
 
     def send() -> None:
-        until = time.monotonic() + 100
-        while not unfinished.exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        while not ended.wait(0.01):
+            if unfinished.exists():
+                os.kill(os.getpid(), signal.SIGUSR1)
+                return
 
     sender, cfg = threading.Thread(target=send), config(*words)
     with listening(["SIGUSR1"]):
         sender.start()
-        with pytest.raises(SystemExit) as stopped:
-            train(cfg)
-    sender.join()
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                train(cfg)
+        finally:
+            ended.set()
+            sender.join()
     assert stopped.value.code == 75
     assert unfinished.exists()
     assert not (tmp_path / "run/auto.json").exists()

@@ -44,9 +44,9 @@ class Joined(nn.Module):
         self.flat, self.out = nn.Linear(5 * 4 * 4, 7), nn.Linear(7, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.a(x).relu()
+        a = self.a(x).tanh()
         joined = self.norm(torch.cat([a, self.b(a)], dim=1))
-        return self.out(self.flat(self.deep(self.c(joined)).relu().flatten(1)).relu())
+        return self.out(self.flat(self.deep(self.c(joined)).tanh().flatten(1)).tanh())
 
 
 def check_units(model: nn.Module, x: Tensor) -> list[structures.Group]:

@@ -99,7 +99,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_mask.data.tokens.os.replace", interrupted)
+    monkeypatch.setattr("lightning_mask.core.files.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data(tmp_path).prepare_data()
     assert list(tmp_path.iterdir()) == []
