@@ -89,3 +89,22 @@ def test_a_python_that_is_too_old_is_refused(checkout: Path, tmp_path: Path) -> 
     assert done.returncode != 0
     assert "Python 3.10 or newer" in done.stdout
     assert sys.version_info >= (3, 10)
+
+
+def test_a_batch_script_puts_its_words_where_hydra_takes_them(tmp_path: Path) -> None:
+    srun = tmp_path / "bin/srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/usr/bin/env bash\necho "${@:5}"\n')  # without its own options, Python and the script
+    srun.chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "3", "PYTHON": "python"}
+    job["PATH"] = f"{srun.parent}:{os.environ['PATH']}"
+
+    def ran(*words: str) -> str:
+        done = command("bash", str(REPO / "scripts/slurm/train.sbatch"), *words, cwd=tmp_path, **job)
+        assert done.returncode == 0, done.stdout
+        return done.stdout.strip()
+
+    ours = "devices=2 num_nodes=3 ckpt_path=auto"
+    assert ran() == f"{ours} trainer=ddp_cpu"
+    assert ran("mask=head", "trainer=fsdp_cpu") == f"{ours} mask=head trainer=fsdp_cpu"
+    assert ran("--multirun", "-cn", "train", "seed=0,1") == f"--multirun -cn train {ours} trainer=ddp_cpu seed=0,1"
