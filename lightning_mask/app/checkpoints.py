@@ -20,6 +20,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_mask.callbacks.saving import save_last, validation_follows
 from lightning_mask.tasks.task import Task
 
+NEWEST = ("auto", "last")
+"""Words of ``ckpt_path`` for the newest usable checkpoint of the run's own folder."""
+
 
 class WholeFiles(TorchCheckpointIO):
     """Write a checkpoint under another name in its own folder, then rename it; read it without unpickling.

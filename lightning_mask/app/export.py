@@ -19,10 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_mask.app import launch
+from lightning_mask.app.chatter import quieten
 from lightning_mask.app.checkpoints import WholeFiles, check_checkpoint
 from lightning_mask.app.checks import check_complete
+from lightning_mask.app.parts import make_model
 from lightning_mask.app.summary import relative
-from lightning_mask.app.train import _model, _quieten
 from lightning_mask.core.channels import evaluating
 from lightning_mask.core.files import whole_folder
 from lightning_mask.core.maskset import MaskSet
@@ -108,7 +109,7 @@ def export(cfg: DictConfig) -> dict[str, dict[str, float]]:
         FileNotFoundError: If the folder, or a checkpoint, is missing.
         RuntimeError: If what was written is not what the network was.
     """
-    _quieten()
+    quieten()
     check_complete(cfg)
     if cfg.format not in _FORMATS:
         raise ValueError(f"format={cfg.format!r} is unknown; there are {', '.join(_FORMATS)}.")
@@ -161,7 +162,7 @@ def load_run(folder: str | Path, weights: str | None, examples: int) -> Run:
             cfg.model.pretrained = False  # all weights come from the checkpoint
     seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
-    model = _model(cfg, data)
+    model = make_model(cfg, data)
     check_checkpoint(checkpoint, model)
     model.load_state_dict(WholeFiles().load_checkpoint(checkpoint)["state_dict"])
     _check_masks(folder, checkpoint, model)

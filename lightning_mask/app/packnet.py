@@ -25,9 +25,10 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_mask.app import launch
+from lightning_mask.app.chatter import quieten
 from lightning_mask.app.checks import check_complete, check_types
+from lightning_mask.app.parts import make_callbacks, make_trainer
 from lightning_mask.app.summary import relative, write_json
-from lightning_mask.app.train import _callbacks, _quieten, _trainer
 from lightning_mask.callbacks import FreezeMask
 from lightning_mask.core.criteria import Context, registry
 from lightning_mask.core.files import whole_file
@@ -74,7 +75,7 @@ def packnet(cfg: DictConfig) -> list[Task]:
         RuntimeError: If the predictions of a task changed; the files are there nevertheless.
     """
     started = time.time()
-    _quieten()
+    quieten()
     _check(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(cfg.paths.output_dir)
@@ -165,7 +166,7 @@ def _learn(
     )
     here = OmegaConf.merge(cfg, {"paths": {"output_dir": str(Path(cfg.paths.output_dir) / name)}})
     assert isinstance(here, DictConfig)
-    trainer = _trainer(here, [mask, *_callbacks(here)])
+    trainer = make_trainer(here, [mask, *make_callbacks(here)])
     if trainer.world_size > 1:
         raise ValueError(f"Tasks are packed in one process: trainer.devices={cfg.trainer.devices} is too many.")
     trainer.fit(model, datamodule=data)

@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mask.app import launch
+from lightning_mask.app.chatter import quieten
 from lightning_mask.app.checkpoints import WholeFiles, check_checkpoint
 from lightning_mask.app.checks import check_complete, check_types
+from lightning_mask.app.parts import make_model, make_trainer
 from lightning_mask.app.summary import relative, summarise, write_json
-from lightning_mask.app.train import _model, _quieten, _trainer
 from lightning_mask.callbacks.calibration import batch_loss
 from lightning_mask.core.files import whole_file
 from lightning_mask.core.maskset import MaskSet, full
@@ -52,16 +53,16 @@ def prune(cfg: DictConfig) -> dict[str, float]:
         FileNotFoundError: If ``ckpt_path`` or a file of the data is missing.
     """
     started = time.time()
-    _quieten()
+    quieten()
     recipe = _recipe(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
-    model = _model(cfg, data)
+    model = make_model(cfg, data)
     if cfg.ckpt_path is not None:
         check_checkpoint(cfg.ckpt_path, model)
         there = WholeFiles().load_checkpoint(cfg.ckpt_path)["state_dict"]
         model.load_state_dict(there, strict=model.strict_loading)
-    trainer = _trainer(cfg, [])
+    trainer = make_trainer(cfg, [])
     if trainer.world_size > 1:
         raise ValueError(
             f"Pruning without training runs in one process: trainer.devices={cfg.trainer.devices} is too many."

@@ -1,30 +1,28 @@
 """Train by mask from a composed config: `lightning-mask train`, `python -m lightning_mask.app.train`, or `train(cfg)`."""
 
-import logging
 import re
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mask.app import launch
 from lightning_mask.app.agreement import SameRun
-from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, check_checkpoint, newest_checkpoint
+from lightning_mask.app.chatter import quieten
+from lightning_mask.app.checkpoints import NEWEST, LastCheckpoint, check_checkpoint, newest_checkpoint
 from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.delta import RunDelta
 from lightning_mask.app.launch import agree_on_run, all_ranks_end, one_job
 from lightning_mask.app.lock import kept_to_this_job
+from lightning_mask.app.parts import make_callbacks, make_model, make_trainer
 from lightning_mask.app.ranks import check_started, words_of_rank
 from lightning_mask.app.report import try_report
 from lightning_mask.app.sparsity import write_sparsity
@@ -35,48 +33,6 @@ from lightning_mask.callbacks.phase import write_phases
 from lightning_mask.callbacks.signals import listening
 
 _Kind = TypeVar("_Kind", bound=Callback)
-# What Lightning says of every run of this kind, and nobody can act on.
-_CHATTER = (
-    "GPU available",
-    "TPU available",
-    "HPU available",
-    "💡 Tip",
-    "`Trainer.fit` stopped",
-    "Restor",  # train() says it, once
-    "Loaded model weights",
-    "Loading `train_dataloader`",
-    "Initializing distributed",  # of each rank; the first says how many there are
-)
-_SPEAKERS = (
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.fabric.utilities.distributed",
-    "lightning.pytorch",
-)
-_IGNORED = (
-    r".*does not have many workers.*",
-    r".*is not empty.*",
-    r".*number of training batches.*smaller than the logging interval.*",
-    r".*exists and is not empty.*",
-    r".*`srun` command is available.*",
-    r".*isinstance\(treespec, LeafSpec\).*",
-)
-# Which data our tasks read, and what to choose where a model was given other data.
-_READS = {
-    "TextClassifier": "TextData",
-    "ImageClassifier": "ImageData",
-    "EfficientNetClassifier": "ImageData",
-    "HFImageClassifier": "ImageData",
-    "TimmClassifier": "ImageData",
-    "CausalLM": "LanguageData",
-}
-NEWEST = ("auto", "last")
-"""Words for the newest usable checkpoint of the run's own folder."""
-_FITTING = {
-    "TextData": "model=minilm or model=hf",
-    "ImageData": "model=resnet, model=efficientnet_lite0, model=hf_image or model=timm",
-    "LanguageData": "model=smollm2",
-}
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -94,7 +50,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         FileExistsError: If another run is at work in the folder.
     """
     started = time.time()
-    _quieten()
+    quieten()
     _check(cfg)
     with kept_to_this_job(Path(cfg.paths.output_dir)):
         return _train(cfg, started)
@@ -107,9 +63,9 @@ def _train(cfg: DictConfig, started: float) -> dict[str, float]:
         cfg = choose(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
-    model = _model(cfg, data)
-    callbacks = _callbacks(cfg)
-    trainer = _trainer(cfg, [SameRun(cfg), Throughput(), *callbacks])
+    model = make_model(cfg, data)
+    callbacks = make_callbacks(cfg)
+    trainer = make_trainer(cfg, [SameRun(cfg), Throughput(), *callbacks])
     _check_sizes(cfg, data, trainer)
     with all_ranks_end(trainer):
         return _run(cfg, data, model, callbacks, trainer, started)
@@ -149,7 +105,7 @@ def _run(
         metrics |= _floats(trainer.callback_metrics)
     seconds["all"] = time.time() - started
     summary = _keep(cfg, model, trainer, metrics=metrics, mask=facts, seconds=seconds, tested=weights)
-    delta.write(lambda: _model(cfg, data), _weights_to_test(callbacks)[1] or model, facts, metrics)
+    delta.write(lambda: make_model(cfg, data), _weights_to_test(callbacks)[1] or model, facts, metrics)
     if trainer.is_global_zero:
         if cfg.get("report") and not cfg.trainer.fast_dev_run:
             try_report(cfg.paths.output_dir)
@@ -254,81 +210,6 @@ def _check_sizes(cfg: DictConfig, data: LightningDataModule, trainer: Trainer) -
             )
 
 
-def _model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
-    """Make the model; what it leaves open about the classes comes from the data."""
-    of_model, of_data = (str(block.get("_target_", "")).rpartition(".")[2] for block in (cfg.model, cfg.data))
-    if of_data in _FITTING and _READS.get(of_model, of_data) != of_data:
-        raise ValueError(f"{of_model} does not go with {of_data}: choose {_FITTING[of_data]}, or other data.")
-    open_ones = {}
-    for name in ("num_classes", "class_names"):
-        if name in cfg.model and cfg.model[name] is None:
-            if not hasattr(data, name):
-                raise ValueError(f"model.{name} is null and {type(data).__name__} has no {name}: give model.{name}=...")
-            open_ones[name] = getattr(data, name)
-    if "class_names" in open_ones and cfg.model.get("num_classes") not in (None, len(open_ones["class_names"])):
-        raise ValueError(
-            f"model.num_classes={cfg.model.num_classes}, but the data has {len(open_ones['class_names'])} classes "
-            f"({', '.join(open_ones['class_names'])}): leave model.num_classes=null."
-        )
-    if _fused_cannot(cfg) and cfg.model.get("optimizer") == cfg.optimizer:
-        rank_zero_info("optimizer.fused=true is left out: a fused step cannot clip the gradient under mixed precision.")
-        open_ones["optimizer"] = instantiate(cfg.optimizer, fused=None)
-    made = instantiate(cfg.model, _partial_=True)(**open_ones)
-    assert isinstance(made, LightningModule)
-    length, longest = cfg.data.get("max_length"), getattr(made, "max_length", None)
-    if length is not None and longest is not None and length > longest:
-        raise ValueError(f"data.max_length={length}, but model.model={cfg.model.get('model')} has {longest} positions.")
-    return made
-
-
-def _fused_cannot(cfg: DictConfig) -> bool:
-    """Whether the fused optimizer would be refused: it unscales gradients itself, after they should have been clipped."""
-    mixed = str(cfg.trainer.get("precision")) in ("16-mixed", "bf16-mixed", "16", "bf16")
-    return mixed and bool(cfg.trainer.get("gradient_clip_val")) and cfg.get("optimizer", {}).get("fused") is True
-
-
-def _callbacks(cfg: DictConfig) -> list[Callback]:
-    """Make the mask, then the other callbacks."""
-    blocks: list[tuple[str, Any]] = [("mask", cfg.get("mask"))] if cfg.train else []
-    blocks += [(f"callbacks.{name}", block) for name, block in (cfg.get("callbacks") or {}).items()]
-    made = []
-    for name, block in blocks:
-        if block is None or (isinstance(block, DictConfig) and "_target_" in block and block._target_ is None):
-            continue
-        if not isinstance(block, DictConfig) or "_target_" not in block:
-            raise ValueError(
-                f"{name} says no _target_, so that it would do nothing: name a callback, or set it to null."
-            )
-        callback = instantiate(block)
-        if not isinstance(callback, Callback):
-            raise ValueError(f"{name}._target_={block._target_} does not make a Lightning callback.")
-        made.append(callback)
-    return made
-
-
-def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
-    _keep_metrics(Path(cfg.paths.output_dir) / "metrics.csv")
-    loggers: list[Logger] = [instantiate(block) for block in (cfg.get("logger") or {}).values() if block is not None]
-    if not loggers:
-        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-    unset = {
-        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
-        "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
-    }
-    chosen: dict[str, Any] = {name: value for name, value in unset.items() if cfg.trainer.get(name) is None}
-    interval, steps = cfg.trainer.get("val_check_interval"), cfg.trainer.get("max_steps", -1)
-    if isinstance(interval, int) and steps > 0 and cfg.trainer.get("check_val_every_n_epoch") is None:
-        # A run that is shorter than the interval is validated at its end.
-        chosen["val_check_interval"] = min(interval, steps * cfg.trainer.get("accumulate_grad_batches", 1))
-    if cfg.trainer.get("barebones"):
-        chosen, callbacks, loggers = {}, [c for c in callbacks if not isinstance(c, Checkpoint | ProgressBar)], []
-    made = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers or False, **chosen)
-    assert isinstance(made, Trainer)
-    if type(made.strategy.checkpoint_io) is TorchCheckpointIO:
-        made.strategy.checkpoint_io = WholeFiles()
-    return made
-
-
 def _start(cfg: DictConfig, callbacks: list[Callback], model: LightningModule) -> str | None:
     """Return the checkpoint to go on from, or to test; "auto", or "last": the newest usable one of the run's own folder.
 
@@ -356,16 +237,6 @@ def _start(cfg: DictConfig, callbacks: list[Callback], model: LightningModule) -
     return path
 
 
-@rank_zero_only
-def _keep_metrics(file: Path) -> None:
-    """Move the figures of an earlier run in the same folder aside: the CSV logger would delete them."""
-    if file.exists():
-        number = 1
-        while file.with_suffix(f".{number}.csv").exists():
-            number += 1
-        file.rename(file.with_suffix(f".{number}.csv"))
-
-
 def _weights_to_test(callbacks: list[Callback]) -> tuple[str, str | None]:
     """Return a name for the weights that are tested after training, and their file; None: those in memory."""
     if any(isinstance(c, PruneMask) for c in callbacks):
@@ -376,19 +247,6 @@ def _weights_to_test(callbacks: list[Callback]) -> tuple[str, str | None]:
 
 def _floats(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
-
-
-def _quieten() -> None:
-    for pattern in _IGNORED:
-        warnings.filterwarnings("ignore", pattern)
-    for name in _SPEAKERS:
-        logger = logging.getLogger(name)
-        if _is_news not in logger.filters:
-            logger.addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_CHATTER)
 
 
 def _job(cfg: DictConfig) -> float | None:

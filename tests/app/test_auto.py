@@ -23,7 +23,8 @@ from lightning_mask.app.auto import choose, wait_for
 from lightning_mask.app.auto.halving import Outcome, Setting, decisive, difference, halve, pick
 from lightning_mask.app.auto.settings import all_settings
 from lightning_mask.app.auto.trial import hold_out
-from lightning_mask.app.train import _model, train
+from lightning_mask.app.parts import make_model
+from lightning_mask.app.train import train
 from lightning_mask.data import ImageData, mnist5k
 from lightning_mask.tasks import ImageClassifier
 from tests.app.conftest import REPO, TINY, command
@@ -289,7 +290,7 @@ def test_ranks_wait_for_the_first_of_their_own_launch(tmp_path: Path, config: Co
 
 def settings_of(cfg: DictConfig) -> tuple[list[Setting], list[dict[str, str]]]:
     made: Any = instantiate(cfg.mask)
-    return all_settings(cfg, made, _model(cfg.copy(), instantiate(cfg.data)))
+    return all_settings(cfg, made, make_model(cfg.copy(), instantiate(cfg.data)))
 
 
 def test_a_budget_leaves_out_what_exceeds_it_and_is_filled(config: Config) -> None:

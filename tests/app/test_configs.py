@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_mask import FreezeMask
-from lightning_mask.app.train import _callbacks, _trainer
+from lightning_mask.app.parts import make_callbacks, make_trainer
 from tests.app.conftest import CONF, GROUPS
 
 # What a target takes and the application gives, not the yaml.
@@ -88,25 +88,25 @@ def test_phases_name_every_argument_of_a_phase(config: Callable[..., DictConfig]
 @pytest.mark.parametrize("option", [option for option in GROUPS["mask"] if option != "auto"])
 def test_every_mask_makes_its_callback(option: str, config: Callable[..., DictConfig]) -> None:
     cfg = config(f"mask={option}", "callbacks=none")
-    made = _callbacks(cfg)
+    made = make_callbacks(cfg)
     assert [type(m).__name__ for m in made] == ([] if option == "none" else [cfg.mask._target_.rpartition(".")[2]])
 
 
 def test_trainers_callbacks_and_loggers_are_made(config: Callable[..., DictConfig]) -> None:
     for option in GROUPS["callbacks"]:
         cfg = config(f"callbacks={option}")
-        assert len(_callbacks(cfg)) == len(cfg.get("callbacks") or {}) + 1
+        assert len(make_callbacks(cfg)) == len(cfg.get("callbacks") or {}) + 1
     for option in GROUPS["logger"]:
         if find_spec(NEEDS.get(option, "torch")) is not None:
             cfg = config(f"logger={option}", "callbacks=none")
-            assert len(_trainer(cfg, []).loggers) == len(cfg.get("logger") or {})
+            assert len(make_trainer(cfg, []).loggers) == len(cfg.get("logger") or {})
     for option in GROUPS["debug"]:
         cfg = config(f"debug={option}")
-        assert isinstance(_trainer(cfg, _callbacks(cfg)), Trainer)
+        assert isinstance(make_trainer(cfg, make_callbacks(cfg)), Trainer)
     for option in GROUPS["trainer"]:
         cfg = config(f"trainer={option}", "callbacks=none")
         if cfg.trainer.accelerator == "cpu" or torch.cuda.is_available():
-            assert isinstance(_trainer(cfg, []), Trainer)
+            assert isinstance(make_trainer(cfg, []), Trainer)
 
 
 def test_optimizers_and_schedulers_are_made(config: Callable[..., DictConfig]) -> None:
@@ -148,8 +148,10 @@ def test_override_grammar(config: Callable[..., DictConfig]) -> None:
     assert "early_stopping" in config("callbacks=[default,early_stopping]").callbacks
     assert set(config("logger=[]").get("logger") or {}) == set()
     both = config("mask=fisher", "+mask@callbacks.prune=prune_gradual")
-    assert {"FreezeMask", "PruneMask"} <= {type(c).__name__ for c in _callbacks(both)}
-    two = _callbacks(config("mask=head", "+mask@callbacks.two=last_layers", "last_layers=2", "+mask@callbacks.no=none"))
+    assert {"FreezeMask", "PruneMask"} <= {type(c).__name__ for c in make_callbacks(both)}
+    two = make_callbacks(
+        config("mask=head", "+mask@callbacks.two=last_layers", "last_layers=2", "+mask@callbacks.no=none")
+    )
     assert [c.selection.train for c in two if isinstance(c, FreezeMask)][1] == ["layers:-2:", "net.classifier"]
     assert config("seed=7").mask.seed == 7
     assert config("seed=7").data.seed == 7

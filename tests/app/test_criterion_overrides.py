@@ -7,7 +7,7 @@ import pytest
 from omegaconf import DictConfig
 
 from lightning_mask import FreezeMask
-from lightning_mask.app.train import _callbacks
+from lightning_mask.app.parts import make_callbacks
 from lightning_mask.core.criteria.weights import spectral
 
 RANK_8 = "{_target_:lightning_mask.core.criteria.weights.spectral,_partial_:true,rank:8}"
@@ -26,7 +26,7 @@ RANK_8 = "{_target_:lightning_mask.core.criteria.weights.spectral,_partial_:true
 def test_arguments_reach_the_criterion_and_its_recipe(
     overrides: list[str], name: str, config: Callable[..., DictConfig]
 ) -> None:
-    (mask,) = _callbacks(config(*overrides, "callbacks=none"))
+    (mask,) = make_callbacks(config(*overrides, "callbacks=none"))
     assert isinstance(mask, FreezeMask)
     assert mask.selection.recipe()["score"] == name
     if name.startswith("spectral"):
@@ -36,4 +36,4 @@ def test_arguments_reach_the_criterion_and_its_recipe(
 
 def test_an_argument_that_it_does_not_take_is_refused_before_training(config: Callable[..., DictConfig]) -> None:
     with pytest.raises(Exception, match=r"FreezeMask: score=spectral.*rank=32, power=2.*cannot be called"):
-        _callbacks(config("mask=spectral", "+mask.score.power=2", "callbacks=none"))
+        make_callbacks(config("mask=spectral", "+mask.score.power=2", "callbacks=none"))

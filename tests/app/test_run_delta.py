@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_mask.app.train import _model, train
+from lightning_mask.app.parts import make_model
+from lightning_mask.app.train import train
 from lightning_mask.core import MaskSet
 from lightning_mask.data.pretrained import checkpoint
 from lightning_mask.delta import apply, content_hash, diff, inspect, revert
@@ -24,7 +25,7 @@ Config = Callable[..., DictConfig]
 def base_of(cfg: DictConfig) -> dict[str, Tensor]:
     """What the run started from."""
     seed_everything(cfg.seed, workers=True, verbose=False)
-    return _model(cfg, instantiate(cfg.data)).state_dict()
+    return make_model(cfg, instantiate(cfg.data)).state_dict()
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -23,13 +23,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, open_dict
 
-from lightning_mask.app import train as application
 from lightning_mask.app.auto.account import make_record, show
 from lightning_mask.app.auto.budget import bytes_of
 from lightning_mask.app.auto.halving import Outcome, Setting, halve
 from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
 from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
+from lightning_mask.app.checkpoints import NEWEST
 from lightning_mask.app.launch import RUN
+from lightning_mask.app.parts import make_model
 from lightning_mask.app.ranks import is_first
 from lightning_mask.app.summary import write_json
 from lightning_mask.app.trials import digest, run_quietly
@@ -105,11 +106,11 @@ def _before(cfg: DictConfig) -> dict[str, Any] | None:
     path = cfg.ckpt_path
     if path is None:
         return None
-    folder = Path(cfg.paths.output_dir) if path in application.NEWEST else Path(path).parent.parent
+    folder = Path(cfg.paths.output_dir) if path in NEWEST else Path(path).parent.parent
     if (folder / _FILE).exists():
         record: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         return record
-    if path in application.NEWEST and not list((folder / "checkpoints").glob("*.ckpt")):
+    if path in NEWEST and not list((folder / "checkpoints").glob("*.ckpt")):
         return None
     raise FileNotFoundError(
         f"ckpt_path={path} has no {folder / _FILE} that says what mask=auto chose: name the strategy with mask=..."
@@ -145,7 +146,7 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
     with alone():
         data: LightningDataModule = instantiate(cfg.data)
         # of a copy: instantiating resolves what the block refers to, in place, and so would fix the optimizer's rate
-        settings, left_out = all_settings(cfg, auto, application._model(copy.deepcopy(cfg), data))
+        settings, left_out = all_settings(cfg, auto, make_model(copy.deepcopy(cfg), data))
         held_out = hold_out(cfg, auto, data)
         del data
         most = bytes_of(auto.budget) if isinstance(auto.budget, str) else None
