@@ -283,6 +283,8 @@ def test_a_browser_shows_the_page_at_the_width_of_a_desk_and_of_a_phone(tmp_path
             )
             assert page.value(hidden) == 0
             assert page.complaints() == []
+        cut = "e => e.querySelector('.names') && e.scrollWidth > e.clientWidth + 1"
+        assert page.value(f"[...document.querySelectorAll('.wide')].filter({cut}).length") == 0
         light = page.value("getComputedStyle(document.body).backgroundColor")
         page.open(page_file, 390, dark=True)
         assert page.value("getComputedStyle(document.body).backgroundColor") != light

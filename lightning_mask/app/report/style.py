@@ -122,7 +122,7 @@ header svg { width: 36px; height: 36px; } }
   .names td:first-child, .values td:first-child { min-width: 112px; }
   .names td { font-size: 12.5px; }
   .names td code { overflow-wrap: anywhere; }
-  .names :is(th, td):is(:nth-child(2), :nth-child(6)) { display: none; }
+  .names :is(th, td):is(:nth-child(2), :nth-child(3), :nth-child(6)) { display: none; }
   .values td { min-width: 70px; }
   .x span { font-size: 10.5px; }
   .heat td { min-width: 31px; padding: 0 1px; font-size: 10.5px; }
