@@ -5,12 +5,12 @@ import ctypes
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
-from threading import BrokenBarrierError
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -21,10 +21,9 @@ from benchmark.memory import quiet
 RANKS = 2
 LIMIT = 900
 """Seconds after which two ranks are taken to hang."""
-START = 120
-"""Seconds that a process may take to begin."""
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
+_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _QUEUE = ["burst", "1mb", "latency", "50ms"]
 """What a limited link lets through at once, and how long a packet may wait in it."""
 
@@ -36,7 +35,7 @@ def in_pair(measure: Callable[..., Any], *arguments: Any, hosts: bool = False) -
         measure: A function of a module.
         arguments: For it, in both processes.
         hosts: Whether each process has a network of its own, with a wire to the other's as the only way out. The networks
-            end with the processes, however these end, so that nothing is left behind.
+            end with the processes, and these with the caller, however it ends: nothing is left behind.
 
     Raises:
         RuntimeError: If a rank fails or hangs.
@@ -47,7 +46,7 @@ def in_pair(measure: Callable[..., Any], *arguments: Any, hosts: bool = False) -
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results, to = context.Pipe(duplex=False)
-    plugged = context.Barrier(RANKS + 1, timeout=START) if hosts else None
+    plugged = context.Event() if hosts else None
     ranks = [
         context.Process(target=_rank, args=(rank, port, to, plugged, measure, arguments), daemon=True)
         for rank in range(RANKS)
@@ -55,16 +54,21 @@ def in_pair(measure: Callable[..., Any], *arguments: Any, hosts: bool = False) -
     for process in ranks:
         process.start()
     to.close()
-    try:
-        if plugged is not None:
-            plugged.wait()
-            one, other = (str(process.pid) for process in ranks)
-            _run("ip", "link", "add", "v0", "netns", one, "type", "veth", "peer", "name", "v1", "netns", other)
-            plugged.wait()
+
+    def receive() -> Any:
         if not results.poll(LIMIT):
             raise RuntimeError(f"Two ranks did not finish in {LIMIT} s; take fewer rounds.")
         return results.recv()
-    except (EOFError, BrokenBarrierError):
+
+    try:
+        if plugged is not None:
+            for _ in ranks:
+                receive()  # it has a network of its own
+            one, other = (str(process.pid) for process in ranks)
+            _run("ip", "link", "add", "v0", "netns", one, "type", "veth", "peer", "name", "v1", "netns", other)
+            plugged.set()
+        return receive()
+    except EOFError:
         raise RuntimeError("A rank failed; its error stands above.") from None
     finally:
         for process in ranks:
@@ -76,7 +80,7 @@ def _rank(
     rank: int,
     port: int,
     to: Connection,
-    plugged: Barrier | None,
+    plugged: Event | None,
     measure: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -85,23 +89,25 @@ def _rank(
     torch.set_num_threads(1)
     try:
         if plugged is not None:
-            _become_host(rank, plugged)
+            _become_host(rank, to, plugged)
         result = measure(*arguments)
         if rank == 0:
             to.send(result)
     finally:
         to.close()
+        if plugged is not None:
+            plugged.set()  # else the other rank would wait for a wire
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _become_host(rank: int, plugged: Barrier) -> None:
+def _become_host(rank: int, to: Connection, plugged: Event) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_END_WITH_PARENT, signal.SIGKILL)
     if libc.unshare(_NEW_NETWORK):  # the threads that this one starts later are in it too
-        plugged.abort()
-        raise OSError(ctypes.get_errno(), "a network of its own")
-    plugged.wait()  # now there are two networks,
-    plugged.wait()  # and now a wire between them
+        raise OSError(ctypes.get_errno(), "a network of its own was refused")
+    to.send(None)
+    plugged.wait(LIMIT)
     _run("ip", "addr", "add", f"10.77.0.{rank + 1}/24", "dev", f"v{rank}")
     for device in ("lo", f"v{rank}"):
         _run("ip", "link", "set", device, "up")
