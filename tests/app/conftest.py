@@ -24,9 +24,13 @@ TINY = ["experiment=smoke", "callbacks.progress.refresh_rate=0", "trainer.max_st
 @pytest.fixture(autouse=True)
 def _no_command_line_is_left() -> Iterator[None]:
     """Take back what a command line that ran in this process set for the process: Hydra's config, and its logging."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     yield
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
+    root.handlers[:] = handlers  # Hydra's write to this test's output, which is closed then
+    root.setLevel(level)
     for logger in (logging.getLogger(), *logging.Logger.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):
             logger.disabled = False
