@@ -154,7 +154,7 @@ def other_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the weights at the end of a fit with each of our callbacks, from a process that begins with that package."""
     folder = tmp_path_factory.mktemp("other")
     header = f"import sys\nsys.path.append({str(Path(__file__).parents[1] / 'callbacks')!r})\n"
-    header += f"ARGUMENTS, QUIET = {ARGUMENTS!r}, {TRAINER!r}\n"
+    header += f"ARGUMENTS, TRAINER = {ARGUMENTS!r}, {TRAINER!r}\n"
     command = [sys.executable, "-c", header + OTHER_PACKAGE]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
