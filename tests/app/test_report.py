@@ -237,6 +237,21 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
 
 
+def test_a_tensor_that_no_update_touches_has_a_line_of_its_own(tmp_path: Path) -> None:
+    """As those that ERK leaves dense."""
+    run = folder_of_a_run(tmp_path / "run")
+    rows = [
+        f"{step},{name},{share}"
+        for step in (0, 5)
+        for name, share in (("", step / 20), ("dense", 0), ("rises", step / 10))
+    ]
+    (run / "sparsity.csv").write_text("\n".join(["step,tensor,sparsity", *rows]))
+    assert (
+        "from the first step on the left to the last one on the right. dense 0 % rises 50 %"
+        in Reader(write_report(run)).words
+    )
+
+
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     run = folder_of_a_run(tmp_path / "run")
     (run / "report.html").mkdir()

@@ -99,7 +99,7 @@ def strips(lines: Mapping[str, Points], steps: int, shown: Callable[[float], str
         changes = [
             p for before, p in zip([(0, 0.0), *points], points, strict=False) if round(before[1], 2) != round(p[1], 2)
         ]
-        ends = [step for step, _ in changes[1:]] + [steps]
+        ends = [*(step for step, _ in changes), steps][1:]
         bars = [
             tag("rect", x=_at(step, steps), width=_at(max(end - step, 0), steps), height=1, fill_opacity=f"{value:.2f}")
             for (step, value), end in zip(changes, ends, strict=True)
