@@ -55,8 +55,14 @@ def _holder() -> dict[str, Any]:
         "pid": os.getpid(),
         "born": _born(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": _restarts(),
         "token": uuid.uuid4().hex,
     }
+
+
+def _restarts() -> str:
+    """What tells the tries of a SLURM job from its steps at one time: how often SLURM, and torchrun in it, started it again."""
+    return " ".join(os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def _take(path: Path, mine: dict[str, Any]) -> None:
@@ -69,8 +75,12 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
                 _refuse_if_alive(path, other)
                 _take_away(path, other)
             continue
-        with os.fdopen(opened, "w", encoding="utf-8") as file:
-            json.dump(mine, file)
+        try:
+            with os.fdopen(opened, "w", encoding="utf-8") as file:
+                json.dump(mine, file)
+        except OSError:  # the disk is full: an empty one would keep this folder from the next try, too
+            path.unlink(missing_ok=True)
+            raise
         return
     raise FileExistsError(
         f"{path} changes hands all the time: give this run a folder of its own with hydra.run.dir=..."
@@ -80,7 +90,7 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
 def _refuse_if_alive(path: Path, other: dict[str, Any]) -> None:
     here, job = other.get("host") == socket.gethostname(), os.environ.get("SLURM_JOB_ID")
     seen = _age(path)
-    earlier_try = job is not None and other.get("job") == job
+    earlier_try = job is not None and other.get("job") == job and other.get("restarts") != _restarts()
     if _born(other["pid"]) == other["born"] if here else seen < _LOST and not earlier_try:
         who = f"process {other['pid']} on {other['host']}" if other else "which has only just begun"
         who += f" (job {other['job']})" if other.get("job") else ""

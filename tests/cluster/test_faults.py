@@ -133,7 +133,9 @@ def test_a_lock_of_another_machine_counts_while_it_gives_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = tmp_path / ".lock"
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": "1", "job": "7", "token": "t"}))
+    lock.write_text(
+        json.dumps({"host": "elsewhere", "pid": 1, "born": "1", "job": "7", "restarts": "0 0", "token": "t"})
+    )
     said = r"process 1 on elsewhere \(job 7\), last seen \d+ s ago; .*delete"
     with pytest.raises(FileExistsError, match=said), kept_to_this_job(tmp_path):
         pass
@@ -141,7 +143,10 @@ def test_a_lock_of_another_machine_counts_while_it_gives_signs_of_life(
     with pytest.raises(FileExistsError), kept_to_this_job(tmp_path):
         pass
     left = lock.read_text()
-    monkeypatch.setenv("SLURM_JOB_ID", "7")  # the same job, requeued
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # another step of the same job, at work on another machine
+    with pytest.raises(FileExistsError), kept_to_this_job(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same job, requeued
     with kept_to_this_job(tmp_path):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     monkeypatch.delenv("SLURM_JOB_ID")
