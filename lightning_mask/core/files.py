@@ -41,12 +41,9 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
         yield temporary
         if path.exists():
             os.replace(path, old)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
+        os.replace(temporary, path)
     finally:
+        if old.exists() and not path.exists():  # stopped between the two
+            os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -164,22 +164,18 @@ class _Merger:
         )
 
     def _trim(self, file: DeltaFile, density: float) -> dict[str, Tensor]:
-        """Return, of each tensor that a delta changes, a flat mask of the entries that are among its largest differences."""
-        shares = {
-            name: self._share(file, name)
-            for name, item in file.items.items()
-            if item.form != "n" and item.spec.dtype.is_floating_point
-        }
-        far = []
-        for name, mine in shares.items():
-            apart = mine.values[mine.active].double() - self._before(name, [mine])[mine.active].double()
-            far.append(apart.abs().nan_to_num(torch.inf).float())
-        kept = top_k(far, share(density, sum(len(one) for one in far)))
-        made = {}
-        for (name, mine), among in zip(shares.items(), kept, strict=True):
-            made[name] = torch.zeros_like(mine.active)
-            made[name][mine.active] = among
-        return made
+        """Return, of each tensor that a delta changes, which of its active entries are among the delta's largest differences.
+
+        A tensor that the base lacks differs from nothing, and is not trimmed.
+        """
+        far: dict[str, Tensor] = {}
+        for name, item in file.items.items():
+            if item.form not in "na" and item.spec.dtype.is_floating_point:
+                mine = self._share(file, name)
+                apart = mine.values[mine.active].double() - self._before(name, [mine])[mine.active].double()
+                far[name] = apart.abs().nan_to_num(torch.inf).float()
+        kept = top_k(list(far.values()), share(density, sum(len(one) for one in far.values())))
+        return dict(zip(far, kept, strict=True))
 
     def _before(self, name: str, shares: Sequence[_Share]) -> Tensor:
         """The base's values, flat: all of them, or those that are active in a delta."""
@@ -203,7 +199,12 @@ class _Merger:
             for f, t in zip(self._files, self._trimmed, strict=True)
             if f.items.get(name, _NONE).form != "n"
         ]
-        shares = [mine if name not in trimmed else mine._replace(active=trimmed[name]) for mine, trimmed in pairs]
+        shares = [
+            mine
+            if name not in trimmed
+            else mine._replace(active=mine.active.masked_scatter(mine.active, trimmed[name]))
+            for mine, trimmed in pairs
+        ]
         values = torch.zeros_like(shares[0].values)
         for mine in shares:
             bits(values)[mine.active] = bits(mine.values)[mine.active]

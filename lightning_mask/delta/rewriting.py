@@ -38,9 +38,12 @@ def check_target(weights: Weights, out: PathLike) -> None:
     """Refuse a target that would take something else's place.
 
     Raises:
-        ValueError: If ``out`` is a folder that has other things in it, or is no folder where one is to be written.
+        ValueError: If ``out`` is a folder that has other things in it, lies in the folder that is read, or is no folder where
+            one is to be written.
     """
     out, folder = Path(out), isinstance(weights, Folder)
+    if folder and Path(weights.where).resolve() in out.resolve().parents:
+        raise ValueError(f"{out} lies in the folder {weights.where}, which is copied: give a name outside of it.")
     if folder and out.is_dir() and any(out.iterdir()) and out.resolve() != Path(weights.where).resolve():
         raise ValueError(f"The folder {out} is not empty: give the name of a new one.")
     if out.exists() and out.is_dir() != folder:

@@ -26,7 +26,7 @@ def save_delta(
     *,
     originals: bool = False,
     recipe: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float | Tensor] | None = None,
 ) -> None:
     """Write to ``path`` what ``tuned`` has other than ``base``.
 
@@ -63,7 +63,7 @@ def save_delta(
             originals=originals,
             aliases=new.aliases,
             recipe=given,
-            metrics=metrics or {},
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
             base=hash_of(maker.digests),
         )
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mask.core.files import PathLike
-from lightning_mask.delta.stream import CODES, Spec, raw
+from lightning_mask.delta.stream import CODES, DTYPES, Spec, raw
 
 Source = PathLike | Mapping[str, Tensor] | nn.Module
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What a folder's weights are called; of several, ``from_pretrained`` loads the first."""
 
 
 class Weights(ABC):
@@ -93,6 +93,11 @@ class TensorsFile(Weights):
             self.specs = {n: Spec(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged, or no safetensors file ({error}): give another one.") from None
+        unknown = next((name for name, spec in self.specs.items() if spec.code not in DTYPES), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{path}: {unknown} is {self.specs[unknown].code}, which a delta cannot hold: convert it to another dtype."
+            )
         self.metadata: dict[str, str] = self._file.metadata() or {}
         self.aliases = {a: n for a, n in self.metadata.items() if n in self.specs and a not in self.specs}
 
@@ -117,19 +122,19 @@ class Folder(Weights):
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self.where, self.path = str(path), path
-        self.index: str | None = next((name for name in _INDEXES if (path / name).is_file()), None)
-        single = next((name for name in _SINGLE if (path / name).is_file()), None)
+        found = next((name for name in _NAMES if (path / name).is_file()), None)
+        self.index = found if found is not None and found.endswith(".json") else None
         if self.index is not None:
             try:
                 self.index_content = json.loads((path / self.index).read_text())
                 names = sorted(set(self.index_content["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise ValueError(f"{path / self.index} is damaged: it has no weight_map.") from None
-        elif single is not None:
-            names = [single]
+        elif found is not None:
+            names = [found]
         else:
             raise ValueError(
-                f"The folder {path} has no weights: expected {_SINGLE[0]}, {_SINGLE[1]}, or an index of shards."
+                f"The folder {path} has no weights: expected {_NAMES[0]}, {_NAMES[2]}, or an index of shards."
             )
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError(f"{path / str(self.index)} is damaged: it names files outside of the folder.")
@@ -168,7 +173,12 @@ def open_weights(source: Source) -> Iterator[Weights]:
 def _open_file(path: Path, stack: ExitStack) -> TensorsFile | TorchFile:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}: give a file, or a folder with weights.")
-    return TensorsFile(path, stack) if path.suffix == ".safetensors" else TorchFile(path)
+    if path.suffix != ".safetensors":
+        return TorchFile(path)
+    file = TensorsFile(path, stack)
+    if not file.specs:
+        raise ValueError(f"{path} holds no tensors: give another checkpoint.")
+    return file
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -230,6 +230,16 @@ def test_a_head_that_the_base_lacks_is_added_and_taken_off(form: str, tmp_path: 
     assert same(read(tmp_path / "back"), read(base))
 
 
+def test_of_a_folder_with_two_sets_of_weights_the_one_that_is_loaded_is_changed(tmp_path: Path):
+    base = write(odd(), "folder", tmp_path / "base")
+    torch.save({"stale": torch.ones(2)}, base / "pytorch_model-00001-of-00001.bin")
+    index = {"metadata": {}, "weight_map": {"stale": "pytorch_model-00001-of-00001.bin"}}
+    (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    save_delta(tmp_path / "d.safetensors", base, tuned(odd()))
+    apply(base, tmp_path / "d.safetensors", tmp_path / "out")
+    assert same(load_file(tmp_path / "out/model.safetensors"), tuned(odd()))
+
+
 @contextmanager
 def anonymous_memory(most: list[int]) -> Iterator[None]:
     """Append the growth of memory that is not a file's, in bytes, at its highest, looked at every millisecond."""

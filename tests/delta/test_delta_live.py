@@ -92,7 +92,9 @@ def test_a_module_that_does_not_fit_is_left_as_it_was(tmp_path: Path):
 
 def test_a_delta_goes_to_a_folder_and_comes_back(tmp_path: Path):
     model = net()
-    save_delta(tmp_path / "d.safetensors", model, after_training(model, 1), metrics={"test/accuracy": 0.75})
+    save_delta(
+        tmp_path / "d.safetensors", model, after_training(model, 1), metrics={"test/accuracy": torch.tensor(0.75)}
+    )
     (tmp_path / "hub").mkdir()
     where = push_delta(tmp_path / "d.safetensors", str(tmp_path / "hub"))
     assert where == str(tmp_path / "hub/delta.safetensors")

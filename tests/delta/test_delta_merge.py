@@ -102,6 +102,19 @@ def by_hand(base: dict[str, Tensor], made: list, how: str) -> dict[str, Tensor]:
     }
 
 
+def test_ties_leaves_a_head_whole_that_the_base_lacks(tmp_path: Path):
+    base = {"w": torch.zeros(4)}
+    heads = [torch.tensor([1e-3, 2.0]), torch.tensor([3.0, 1e-3, 4.0])]
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for i, (changed, head) in enumerate(zip(([8.0, 1, 0, 0], [6.0, 0, -1, 0]), heads, strict=True)):
+        save_delta(paths[i], base, {"w": torch.tensor(changed), f"head{i}": head}, originals=True)
+    merge(paths, tmp_path / "m.safetensors", how="ties", density=0.5)
+    save_file(base, tmp_path / "base.safetensors")
+    apply(tmp_path / "base.safetensors", tmp_path / "m.safetensors", tmp_path / "out.safetensors")
+    wanted = {"w": torch.tensor([7.0, 0, 0, 0]), "head0": heads[0], "head1": heads[1]}
+    assert same(load_file(tmp_path / "out.safetensors"), wanted)
+
+
 def test_deltas_of_other_bases_and_counters_that_differ_are_not_merged(tmp_path: Path):
     base = {"w": torch.zeros(4), "steps": torch.tensor(0)}
     first = {"w": torch.tensor([1.0, 0, 0, 0]), "steps": torch.tensor(5)}

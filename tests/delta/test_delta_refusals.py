@@ -1,10 +1,11 @@
 """What is no delta, or not of this base, is refused in one line, and the target is as it was."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from odd_states import odd, tuned, write
+from odd_states import odd, read, same, tuned, write
 from safetensors.torch import load_file, save_file
 
 from lightning_mask.core import MaskSet
@@ -68,6 +69,15 @@ def test_a_checkpoint_that_is_damaged_or_holds_objects_is_refused(place: Path):
     refused(place, "is no checkpoint", base="list.pt")
     torch.save({"epoch": 1}, place / "none.pt")
     refused(place, "no tensors by name", base="none.pt")
+    header = b'{"w":{"dtype":"F8_E8M0","shape":[2],"data_offsets":[0,2]}}'
+    (place / "scales.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    refused(
+        place, "w is F8_E8M0|damaged", base="scales.safetensors"
+    )  # old versions of safetensors do not know it either
+    save_file({}, place / "nothing.safetensors")
+    refused(place, "holds no tensors", base="nothing.safetensors")
+    with pytest.raises(ValueError, match="holds no tensors"):
+        diff(place / "nothing.safetensors", place / "nothing.safetensors")
     (place / "empty").mkdir()
     refused(place, "has no weights", base="empty")
     (place / "empty/model.safetensors.index.json").write_text('{"weight_map": {"a": "../base.safetensors"}}')
@@ -143,6 +153,27 @@ def test_what_is_in_the_way_is_left_alone(place: Path):
         apply(base, place / "d.safetensors", place / "out.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
         apply(place / "base.safetensors", place / "d.safetensors", place / "mine")
+    before = sorted(base.rglob("*"))
+    with pytest.raises(ValueError, match="lies in the folder"):
+        apply(base, place / "d.safetensors", base / "deep/tuned")
+    assert sorted(base.rglob("*")) == before
+
+
+def test_a_folder_that_is_replaced_is_there_however_that_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch):
+    base = write(odd(), "folder", place / "hf_base")
+    replace, targets = os.replace, []
+
+    def stopped(source: Path, target: Path) -> None:
+        targets.append(target)
+        if len(targets) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        apply(base, place / "d.safetensors", base)
+    assert same(read(base), {name: tensor.contiguous() for name, tensor in odd().items()})
+    assert [path.name for path in base.parent.iterdir()] == ["hf"]
 
 
 def test_a_delta_is_not_made_of_what_does_not_go_together(place: Path):
