@@ -160,7 +160,7 @@ def _print(
         alike.setdefault(".".join("*" if part.isdigit() else part for part in layer.name.split(".")), []).append(layer)
     table = Table(title="What was pruned")
     for column in ("weight", "layers", "entries", "zeros", "least error", "median", "largest", "seconds"):
-        table.add_column(column, justify="left" if column == "weight" else "right")
+        table.add_column(column, justify="left" if column == "weight" else "right", overflow="fold")
     for name, layers in (*alike.items(), ("all", pruned.layers)):
         errors_of = [layer.error for layer in layers]
         if name == "all":

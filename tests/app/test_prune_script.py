@@ -17,10 +17,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from lightning_mask.app import errors
-from lightning_mask.app.prune import main, prune
+from lightning_mask.app.prune import _print, main, prune
 from lightning_mask.app.train import train
 from lightning_mask.core.maskset import MaskSet
-from lightning_mask.core.one_shot import OneShot
+from lightning_mask.core.one_shot import LayerReport, OneShot, Pruned
 from tests.app.conftest import CONF, REPO, command
 
 DIGITS = [
@@ -208,3 +208,11 @@ def test_the_help_says_what_to_type(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     said = capsys.readouterr().out
     assert "lightning-mask prune model=smollm2 data=reviews_lm method=obs sparsity=0.5" in said
     assert "damping: 0.01" in said
+
+
+def test_long_names_are_told_apart_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"net.bert.encoder.layer.*.attention.self.{word}.weight" for word in ("query", "key", "value")]
+    layers = [LayerReport(name.replace("*", str(i)), 884_736, 442_368, 0.2, 0.1) for name in names for i in (0, 1)]
+    _print(Pruned(MaskSet({}), layers), {}, {}, {"before": 0, "after": 0, "prune": 0}, tmp_path)
+    told = "".join(line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.count("│") > 4)
+    assert all(name in told for name in names)
