@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
@@ -18,6 +17,7 @@ from lightning_mask.app.train import train
 from lightning_mask.core import MaskSet
 from lightning_mask.data.pretrained import checkpoint
 from lightning_mask.delta import apply, content_hash, diff, inspect, revert
+from tests.app.conftest import TINY
 
 Config = Callable[..., DictConfig]
 
