@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,12 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def filled_to_the_last_byte(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 def step_of(path: Path) -> int:
     return int(torch.load(path, weights_only=True)["global_step"])
 
@@ -77,7 +83,12 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays_usable(config: Con
         assert newest_checkpoint(checkpoints) == checkpoints / "last.ckpt"
         assert step_of(checkpoints / "last.ckpt") == 4
         assert not [file for file in checkpoints.iterdir() if file.name.startswith(".")]
+        filled_to_the_last_byte(disk / "more")
+        with pytest.raises(OSError, match="No space left on device"), kept_to_this_job(disk / "run"):
+            pass
+        assert not (disk / "run/.lock").exists(), "an empty one would keep the next try out"
         (disk / "ballast").unlink()
+        (disk / "more").unlink()
         train(config(*words, "trainer.max_steps=8", "ckpt_path=auto"))
         assert step_of(checkpoints / "last.ckpt") == 8
 
