@@ -5,242 +5,34 @@ one process trains alone is trained first.
 """
 
 import json
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from forks import run_ranks
+from fsdp_checkpoints import across, after, alone, back_to_one, other_number, resume, resume_others, tested
+from fsdp_nets import PLANS, STEPS, AsTask, Dealt, WithoutScale, far, local, quiet, sgd, train, two_groups, whole
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from little import Data, Little, differences, trainer
+from little import Data, differences, trainer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_mask import FreezeMask, GradientMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
 from lightning_mask.callbacks.report import RunReport
 from lightning_mask.core import MaskEngine, Selection
 from lightning_mask.core.criteria import Context
 from lightning_mask.core.ranking import top_k
 from lightning_mask.core.selection import select
-from lightning_mask.tasks.task import Task
-
-STEPS = 12
-PLANS: dict[str, Callable[[], list[Any]]] = {
-    "phases": lambda: [
-        PhaseUnfreeze(
-            [Phase("3 steps", train="head"), Phase("6 steps", train=["head", "blocks.1"]), Phase(lr_scale=0.5)]
-        )
-    ],
-    "magnitude": lambda: [FreezeMask("head", score="magnitude", density=0.3)],
-    "random, drawn anew": lambda: [FreezeMask("head", score="random", density=0.1, refresh="4 steps")],
-    "fisher": lambda: [FreezeMask("head", score="fisher", density=0.3, batches=2)],
-    "one entry": lambda: [FreezeMask(score="magnitude", density=1)],
-    "uniform rows": lambda: [FreezeMask(score="magnitude", density=0.3, structure="row", allocation="uniform")],
-    "rows": lambda: [FreezeMask(score="magnitude", density=0.3, structure="row")],
-    "columns": lambda: [FreezeMask(score="magnitude", density=0.3, structure="column", scope="blocks.*.lin.weight")],
-    "tensors": lambda: [FreezeMask(score="magnitude", density=0.3, structure="tensor")],
-    "ramp": lambda: [
-        PruneMask(0.6, scope="blocks.*.lin.weight", start="1 steps", end="9 steps", every="2 steps"),
-        PhaseUnfreeze([Phase("10 steps", train=["head", "blocks"]), Phase(train="head")]),
-    ],
-    "2:4": lambda: [PruneMask("2:4", scope="blocks.*.lin.weight", schedule="constant", start="2 steps")],
-    "set": lambda: [PruneMask(0.6, scope="blocks.*.lin.weight", regrow="random", every="2 steps", end="12 steps")],
-    "rig": lambda: [PruneMask(0.6, scope="blocks.*.lin.weight", regrow="gradient", every="2 steps", end="12 steps")],
-    "rewind": lambda: [
-        PruneMask(0.7, scope="blocks.1.lin.weight", rewind="2 steps", start="2 steps", end="8 steps", every="3 steps")
-    ],
-    "behind": lambda: [
-        PruneMask(0.5, scope="blocks.0.lin.weight", regrow="ste", start="1 steps", end="9 steps", every="2 steps"),
-        PruneMask(0.6, score="movement", scope="blocks.1.lin.weight", start="2 steps", end="11 steps", every="3 steps"),
-    ],
-    "lottery": lambda: [
-        PhaseUnfreeze([Phase("5 steps"), Phase(train="head", score="change", density=60, restart=True, lr_scale=0.5)])
-    ],
-    "gradient mask": lambda: [FreezeMask("head", score="magnitude", density=0.3), GradientMask(0.5)],
-    "all together": lambda: [
-        FreezeMask(["head", "blocks.1"], score="gradient", density=0.3, scope=["stem", "blocks.0"], batches=2),
-        PruneMask(0.5, scope="blocks.1.lin.weight", start="2 steps", end="8 steps", every="2 steps"),
-        PhaseUnfreeze(
-            [Phase("5 steps"), Phase("9 steps", train="blocks.1", score="magnitude", density=60), Phase(train="blocks")]
-        ),
-    ],
-}
-SAME_AS_DDP = [
-    "phases",
-    "lottery",
-    "magnitude",
-    "random, drawn anew",
-    "one entry",
-    "uniform rows",
-    "rows",
-    "columns",
-    "tensors",
-    "2:4",
-]
-
-
-class Dealt(Little):
-    """The little network with rows that two ranks cannot share equally, and a vector of one entry.
-
-    Args:
-        shards: Whether it is dealt out; the same network otherwise.
-    """
-
-    def __init__(self, shards: bool = True, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.shards = shards
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.head = nn.Linear(12, 3)
-            self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
-
-    def configure_model(self) -> None:
-        if self.shards and not isinstance(self.scale, DTensor):
-            mesh = self.device_mesh["data_parallel"]
-            for layer in (*self.blocks, self.head):
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self, mesh=mesh)
-
-
-class Wide(Dealt):
-    """With a vector of 24 entries: a rank's 12 fill one vector of the optimizer's kernels, also where one of them trains."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        with torch.random.fork_rng():
-            torch.manual_seed(2)
-            self.stem = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 12))
-
-    masks = MaskSet(
-        {
-            "stem.0.bias": torch.arange(24) == 3,
-            "stem.0.weight": torch.arange(24 * 8).view(24, 8) % 7 == 0,
-            "head.weight": torch.ones(3, 12, dtype=torch.bool),
-        }
-    )
-
-
-class Numbers(torch.optim.Optimizer):
-    """One that counts its steps in an int, and is held dense."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        with torch.enable_grad():
-            loss = closure()
-        for parameter in self.param_groups[0]["params"]:
-            if parameter.grad is not None:
-                kept = self.state[parameter]
-                kept["step"] = kept.get("step", 0) + 1
-                kept["mean"] = 0.9 * kept.get("mean", torch.zeros_like(parameter)) + parameter.grad
-                parameter.sub_(kept["mean"], alpha=0.1 / kept["step"] ** 0.5)
-        return loss
-
-
-class AsTask(Dealt):
-    """Dealt out as the application's tasks are; its validation runs a forward, after which the root stays gathered."""
-
-    configure_model = Task.configure_model
-
-    @property
-    def net(self) -> nn.Module:
-        return self
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("out", self(batch["x"]).sum())
-
-
-class ByHand(Dealt):
-    """Two optimizers, stepped by the module itself."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> Any:
-        parameters = list(self.parameters())
-        adam = torch.optim.AdamW(parameters[::2], lr=0.02, weight_decay=0.1)
-        return [adam, torch.optim.SGD(parameters[1::2], lr=0.1, momentum=0.9)]
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizers: Any = self.optimizers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(nn.functional.cross_entropy(self(batch["x"]), batch["y"]))
-        for optimizer in optimizers:
-            optimizer.step()
-
-
-class WithoutScale(Dealt):
-    """Its optimizer does not hold the vector of one entry, of which the second rank has none."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p is not self.scale], lr=0.1)
-
-
-class Tested(Dealt):
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("out", self(batch["x"]).sum())
-
-
-class TestData(Data):
-    __test__ = False
-
-    def test_dataloader(self) -> Any:
-        return self.val_dataloader()
-
-
-def sgd(params: Any) -> torch.optim.Optimizer:
-    """Linear in the gradient, so that a rounding difference stays one."""
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01)
-
-
-def two_groups(params: Any) -> torch.optim.Optimizer:
-    """Matrices decay and vectors do not, so the optimizer's order is not the model's."""
-    params = list(params)
-    groups = [
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-        {"params": [p for p in params if p.dim() > 1]},
-    ]
-    return torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1)
-
-
-def train(
-    callbacks: list[Any], net: Dealt, ckpt: Any = None, folder: bool = False, ranks: int = 2, **arguments: Any
-) -> Any:
-    strategy: Any = "ddp" if ranks > 1 else "auto"
-    if net.shards:
-        strategy = ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=folder)
-    run = trainer(*callbacks, ranks=ranks, strategy=strategy, **{"max_steps": STEPS, **arguments})
-    run.fit(net, datamodule=Data(), ckpt_path=ckpt, weights_only=True)
-    return run
-
-
-def whole(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in module.named_parameters()
-    }
-
-
-def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
 class Alive(Callback):
@@ -286,11 +78,6 @@ class Watch(Callback):
         self.states.append(sum(local(v).numel() for s in state for v in s.values() if torch.is_tensor(v) and v.dim()))
 
 
-def local(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def plan(name: str, **arguments: Any) -> dict[str, Any]:
     """The same plan held compact and dense, and by DDP; what was held, and how the masks lie."""
     seen: dict[str, Any] = {}
@@ -327,113 +114,6 @@ def blocks(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [
         {n.removeprefix(f"blocks.{i}."): w for n, w in weights.items() if n.startswith(f"blocks.{i}.")} for i in (0, 1)
     ]
-
-
-class Save(Callback):
-    def __init__(self, folder: Path, steps: list[int]) -> None:
-        self.folder, self.steps = folder, steps
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step in self.steps:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
-def state(run: Any, net: nn.Module, callbacks: list[Any]) -> dict[str, Any]:
-    """Weights, optimizer state by name, masks and history; this rank's parts as they are."""
-    names = {id(p): n for n, p in net.named_parameters()}
-    return {
-        "model": whole(net),
-        "optimizers": [
-            {
-                names[id(p)]: {k: local(v).clone() if torch.is_tensor(v) else v for k, v in values.items()}
-                for p, values in optimizer.state.items()
-            }
-            for optimizer in run.optimizers
-        ],
-        "rates": [[group["lr"] for group in optimizer.param_groups] for optimizer in run.optimizers],
-        "masks": [c.masks.hash() for c in callbacks],
-        "history": [getattr(c, "history", None) for c in callbacks],
-    }
-
-
-def resume(name: str, folder: Path, shards: bool) -> dict[str, Any]:
-    """Checkpoints of one run, resumed from at each step; into a folder, or into one file."""
-    steps, found = [3, 6, 10], {}
-    callbacks, net = PLANS[name](), Dealt(make=two_groups)
-    run = train([*callbacks, Save(folder, steps)], net, folder=shards)
-    reference = state(run, net, callbacks)
-    for step in steps:
-        again, other = PLANS[name](), Dealt(make=two_groups)
-        with torch.no_grad():
-            for p in other.parameters():
-                p.fill_(7.0)
-        run = train(again, other, ckpt=folder / f"{step}.ckpt", folder=shards)
-        found[str(step)] = differences(reference, state(run, other, again))
-    return found
-
-
-def resume_others(folder: Path, shards: bool) -> dict[str, Any]:
-    """The same for models that are not like the others: net, callbacks, and the step, which is one or two epochs."""
-    compact = {"score": "magnitude", "density": 0.3, "engine": "compact"}
-    models: dict[str, tuple[Callable[[], Dealt], Callable[[], list[Any]], int]] = {
-        "full vectors": (lambda: Wide(make=two_groups), lambda: [FreezeMask(mask=Wide.masks)], 4),
-        "two optimizers": (ByHand, lambda: [FreezeMask("head", **compact)], 8),
-        "numbers": (lambda: Dealt(make=Numbers), PLANS["magnitude"], 4),
-        "a schedule": (lambda: Dealt(scheduled=True), PLANS["phases"], 4),
-    }
-    found: dict[str, Any] = {}
-    for name, (make, callbacks, step) in models.items():
-        net, mine = make(), callbacks()
-        run = train([*mine, Save(folder / name, [step])], net, folder=shards)
-        again, other = callbacks(), make()
-        resumed = train(again, other, ckpt=folder / name / f"{step}.ckpt", folder=shards)
-        found[name] = differences(state(run, net, mine), state(resumed, other, again))
-        found[f"{name} trained"] = far(whole(net), whole(make()))
-    return found
-
-
-def after(folder: Path, shards: bool) -> dict[str, Any]:
-    """A checkpoint that is written when training is over, or has failed: what is loaded from it, before a further step."""
-    found: dict[str, Any] = {}
-    for way in ("ended", "failed"):
-        net, callbacks, path = Dealt(make=two_groups), PLANS["magnitude"](), folder / f"{way}.ckpt"
-        fail = Fail(5 if way == "failed" else STEPS, path)
-        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=shards)
-        run = trainer(*callbacks, fail, ranks=2, strategy=strategy, max_steps=6)
-        with suppress(ZeroDivisionError):
-            run.fit(net, datamodule=Data())
-            run.save_checkpoint(path)
-        other, again = Dealt(make=two_groups), PLANS["magnitude"]()
-        resumed = train(again, other, ckpt=path, folder=shards, max_steps=run.global_step)
-        found[way] = differences(state(run, net, callbacks), state(resumed, other, again))
-        found[f"{way} at"] = run.global_step
-    return found
-
-
-class Fail(Callback):
-    """Ends training with an error, and writes a checkpoint as ModelCheckpoint(save_on_exception=True) does."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise ZeroDivisionError
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        trainer.save_checkpoint(self.path)
-
-
-def tested(folder: Path, shards: bool) -> dict[str, Any]:
-    """The weights of a run's checkpoint, seen in the same Trainer, and in others with and without masks."""
-    path, seen = folder / "6.ckpt", []
-    run = train([*PLANS["magnitude"](), Save(folder, [6])], net := Tested(make=two_groups), folder=shards, max_steps=6)
-    for callbacks in (None, PLANS["magnitude"](), []):
-        if callbacks is not None:
-            strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=shards)
-            run, net = trainer(*callbacks, ranks=2, strategy=strategy), Tested(make=two_groups)
-        seen += run.test(net, datamodule=TestData(), ckpt_path=path, verbose=False, weights_only=True)
-    return {"same": all(each == seen[0] for each in seen), "runs": len(seen), "out": seen[0]["out"]}
 
 
 class Dump(Callback):
@@ -499,66 +179,6 @@ def validated() -> dict[str, Any]:
             run.validate(net, datamodule=Data(), verbose=False)
         run.fit(net, datamodule=Data())
     return {"equal": differences(whole(nets[0]), whole(nets[1])), "trained": far(whole(nets[0]), whole(AsTask()))}
-
-
-def across(name: str, folder: Path) -> dict[str, Any]:
-    """From DDP or one process to shards and back; the continued runs differ by rounding alone, the masks not at all."""
-    found: dict[str, Any] = {}
-    replica = Dealt(shards=False, make=two_groups)
-    of_ddp = PLANS[name]()
-    train([*of_ddp, Save(folder, [5])], replica)
-    dealt, again = Dealt(make=two_groups), PLANS[name]()
-    train(again, dealt, ckpt=folder / "5.ckpt")
-    found["ddp to shards"] = far(whole(dealt), whole(replica))
-    found["masks"] = [c.masks.hash() for c in again] == [c.masks.hash() for c in of_ddp]
-    one_file = folder / "file"
-    dealt, mine = Dealt(make=two_groups), PLANS[name]()
-    train([*mine, Save(one_file, [5])], dealt)
-    replica, again = Dealt(shards=False, make=two_groups), PLANS[name]()
-    train(again, replica, ckpt=one_file / "5.ckpt")
-    found["shards to ddp"] = far(whole(dealt), whole(replica))
-    dense, again = Dealt(make=two_groups), PLANS[name]()
-    for callback in again:
-        callback.engine = "dense"
-    train(again, dense, ckpt=one_file / "5.ckpt")
-    found["compact to dense"] = far(whole(dense), whole(dealt))
-    keys = torch.load(one_file / "5.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-    found["numbers in the file"] = sum(
-        v.numel() for s in keys.values() for v in s.values() if torch.is_tensor(v) and v.dim()
-    )
-    return found
-
-
-def alone(folder: Path) -> None:
-    """One process that holds the model whole, its checkpoint, and what it ends with."""
-    quiet()
-    net, callbacks = Dealt(shards=False, make=two_groups), PLANS["phases"]()
-    train([*callbacks, Save(folder, [6])], net, ranks=1)
-    torch.save({"weights": whole(net), "masks": [c.masks.hash() for c in callbacks]}, folder / "end.pt")
-
-
-def other_number(ranks: int, starts: dict[str, tuple[Path, bool]], folder: Path) -> dict[str, Any]:
-    """Runs that go on on another number of ranks than wrote their checkpoints, dealt out or not, against one process alone."""
-    end, found = torch.load(folder / "end.pt"), {}
-    for name, (start, into_folder) in starts.items():
-        for shards in (True, False):
-            if into_folder and not shards:
-                continue
-            net, callbacks = Dealt(shards=shards, make=two_groups), PLANS["phases"]()
-            with torch.no_grad():
-                for p in net.parameters():
-                    p.fill_(7.0)
-            train(callbacks, net, ckpt=start, folder=into_folder, ranks=ranks)
-            same = [c.masks.hash() for c in callbacks] == end["masks"]
-            found[f"{name}, {'shards' if shards else 'whole'}"] = far(whole(net), end["weights"]) if same else "masks"
-    return found
-
-
-def back_to_one(folder: Path) -> None:
-    """Checkpoints of two ranks' shards on one."""
-    quiet()
-    starts = {into: (folder / f"0{into == 'folder'}" / "6.ckpt", into == "folder") for into in ("file", "folder")}
-    (folder / "one.json").write_text(json.dumps(other_number(1, starts, folder / "alone")))
 
 
 def clipped() -> dict[str, Any]:
@@ -708,13 +328,6 @@ def loop(cls: Any, kind: str, engine: str) -> dict[str, Tensor]:
             if torch.is_tensor(v)
         },
     }
-
-
-def quiet() -> None:
-    """No logs, and one thread."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
 
 
 def main(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from forks import clean_environment
-from fsdp_cases import PLANS, SAME_AS_DDP
+from fsdp_nets import PLANS, SAME_AS_DDP
 
 SCRIPT = Path(__file__).with_name("fsdp_cases.py")
 CLOSE = 2e-6
