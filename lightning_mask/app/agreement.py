@@ -11,14 +11,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 import lightning_mask
+from lightning_mask.app.newest import name_and_step
 from lightning_mask.core.distributed import gather
+
+_START = "the checkpoint to go on from"
 
 
 class SameRun(Callback):
-    """Refuse to run when ranks composed different configs, or run different code.
+    """Refuse to run when ranks composed different configs, run different code, or found different checkpoints to go on from.
 
     Differing configs come of a sweeper that runs once per rank, or of settings of one machine; differing code of a host that
-    has another version installed. Masks are compared by the mask callbacks whenever they change.
+    has another version installed; differing checkpoints of hosts that do not share the run's folder. Masks are compared by
+    the mask callbacks whenever they change.
 
     Args:
         cfg: The composed config of this rank.
@@ -31,10 +35,13 @@ class SameRun(Callback):
         self._facts = {**digests(cfg), **versions()}
         self.hosts = [socket.gethostname()]
         """Name of each rank's machine; of this one alone until :meth:`setup`."""
+        self.start: str | None = None
+        """Checkpoint that training goes on from, set before it begins."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare with the other ranks."""
-        ranks = gather((socket.gethostname(), self._facts))
+        start = {_START: name_and_step(self.start)} if stage == "fit" else {}
+        ranks = gather((socket.gethostname(), self._facts | start))
         self.hosts = [host for host, _ in ranks]
         facts = [each for _, each in ranks]
         odd = [rank for rank, other in enumerate(facts) if other != facts[0]]
@@ -42,12 +49,15 @@ class SameRun(Callback):
             return
         names = dict.fromkeys(name for rank in odd for name in {*facts[0], *facts[rank]})
         differing = sorted(n for n in names if any(facts[rank].get(n) != facts[0].get(n) for rank in odd))
-        way_out = (
-            "Install the same on all machines."
-            if set(differing) & set(versions())
-            else "A sweep was started once per rank, or a machine has settings of its own: give the sweeper a seed, or start it "
-            "without torchrun or srun."
-        )
+        if set(differing) & set(versions()):
+            way_out = "Install the same on all machines."
+        elif differing == [_START]:
+            way_out = "Keep the run's folder where all machines see it, with paths.log_dir=... or hydra.run.dir=..."
+        else:
+            way_out = (
+                "A sweep was started once per rank, or a machine has settings of its own: give the sweeper a seed, or start it "
+                "without torchrun or srun."
+            )
         raise ValueError(
             f"{_named(odd, self.hosts)} differ from rank 0 on {self.hosts[0]} in {', '.join(differing)}. {way_out}"
         )

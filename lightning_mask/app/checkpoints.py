@@ -3,8 +3,6 @@
 import os
 import pickle
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +12,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mask.callbacks.saving import save_last, validation_follows
 from lightning_mask.tasks.task import Task
-
-NEWEST = ("auto", "last")
-"""Words of ``ckpt_path`` for the newest usable checkpoint of the run's own folder."""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -68,7 +63,7 @@ class WholeFiles(TorchCheckpointIO):
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location)
-        return _read(path, map_location)
+        return read(path, map_location)
 
 
 def _of_the_system(error: BaseException | None) -> OSError | None:
@@ -90,7 +85,7 @@ def check_checkpoint(path: str | Path, model: LightningModule) -> None:
     """
     if Path(path).is_dir():
         return
-    there, here = _read(path, "cpu", mmap=True)["state_dict"], model.state_dict()
+    there, here = read(path, "cpu", mmap=True)["state_dict"], model.state_dict()
     late = is_overridden("configure_model", model) and not isinstance(model, Task)
     if not model.strict_loading or late or is_overridden("on_load_checkpoint", model):
         return
@@ -102,72 +97,26 @@ def check_checkpoint(path: str | Path, model: LightningModule) -> None:
         )
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of the most steps that a run can go on from; None where there is none.
-
-    One that is damaged is passed over, with a warning that names it; weights without a state of training, silently.
+def read(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
+    """Return the content of a checkpoint of Lightning's.
 
     Args:
-        folder: Of the checkpoints; it need not exist.
-    """
-    found = []
-    for path in sorted(folder.glob("[!.]*.ckpt")):
-        try:
-            state = _state(path)
-        except FileNotFoundError:  # renamed meanwhile
-            continue
-        except (OSError, ValueError) as error:
-            _pass_over(path, error)
-            continue
-        if state.keys() >= {"loops", "global_step"}:
-            found.append((state["global_step"], path.name == "last.ckpt", path.stat().st_mtime, path))
-    for *_, path in sorted(found, reverse=True):
-        try:
-            _check_sums(path)
-        except (OSError, ValueError) as error:
-            _pass_over(path, error)
-        else:
-            return path
-    return None
-
-
-def _state(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, without reading its tensors; of a strategy's folder, what is not dealt out.
+        path: The file.
+        map_location: Device of its tensors.
+        mmap: Whether they are read only when they are used.
 
     Raises:
-        ValueError: If it is damaged.
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, holds objects, or is no checkpoint.
     """
-    if path.is_file():
-        return _read(path, "cpu", mmap=True)
-    parts = [path / ".metadata", *path.glob("*.distcp")]
-    if len(parts) < 2 or not all(part.is_file() and part.stat().st_size for part in parts):
-        raise ValueError("parts of the folder are missing, or empty.")
-    return _load(path / "meta.pt", "cpu")
-
-
-def _check_sums(path: Path) -> None:
-    """Refuse a checkpoint of which a byte was changed since it was written: torch does not look at the sums that it wrote."""
-    for file in [path] if path.is_file() else [path / "meta.pt"]:
-        try:
-            odd = zipfile.ZipFile(file).testzip()
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{error}.") from error
-        if odd is not None:
-            raise ValueError(f"{odd} in it is not what was written.")
-
-
-def _pass_over(path: Path, error: Exception) -> None:
-    rank_zero_warn(f"{path} cannot be gone on from and is passed over: {error}")
-
-
-def _read(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
-    content = _load(path, map_location, mmap)
+    content = read_plain(path, map_location, mmap)
     if "state_dict" not in content:
         raise ValueError(f"ckpt_path={path} is not a checkpoint of Lightning's: it has no state_dict.")
     return content
 
 
-def _load(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
+def read_plain(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
+    """The same of any file of tensors and plain values; one that is no mapping counts as empty."""
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError):

@@ -28,6 +28,8 @@ def save_last(trainer: Trainer, path: Path) -> None:
         written = _written.setdefault(trainer, set())
         if path.exists() and (path in written or str(trainer.ckpt_path) == str(path)):
             _put(path, path.with_name("previous.ckpt"))
+        elif trainer.ckpt_path is None and path not in written:
+            _remove(path.with_name("previous.ckpt"))
         _put(new, path)
         written.add(path)
     trainer.strategy.barrier("the checkpoint has its name")

@@ -10,7 +10,8 @@ from lightning.pytorch import seed_everything
 from little import Data, Little, trainer
 
 from lightning_mask import PruneMask
-from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles, newest_checkpoint
+from lightning_mask.app.checkpoints import LastCheckpoint, WholeFiles
+from lightning_mask.app.newest import newest_checkpoint
 from lightning_mask.app.strategies import DataParallel
 from lightning_mask.callbacks import Preemption
 

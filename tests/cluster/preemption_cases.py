@@ -22,7 +22,8 @@ from little import Data, Little, differences, everything, save, trainer
 from resume_cases import all_together, phases, score
 
 from lightning_mask import Phase, PhaseUnfreeze, PruneMask
-from lightning_mask.app.checkpoints import LastCheckpoint, newest_checkpoint
+from lightning_mask.app.checkpoints import LastCheckpoint
+from lightning_mask.app.newest import newest_checkpoint
 from lightning_mask.callbacks import Preemption
 
 

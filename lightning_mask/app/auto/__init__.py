@@ -28,8 +28,8 @@ from lightning_mask.app.auto.budget import bytes_of
 from lightning_mask.app.auto.halving import Outcome, Setting, halve
 from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
 from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
-from lightning_mask.app.checkpoints import NEWEST
 from lightning_mask.app.launch import RUN
+from lightning_mask.app.newest import NEWEST
 from lightning_mask.app.parts import make_model
 from lightning_mask.app.ranks import is_first
 from lightning_mask.app.summary import write_json
