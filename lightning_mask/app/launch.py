@@ -20,9 +20,11 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightning_mask.app import errors
+from lightning_mask.app.ranks import is_first
+from lightning_mask.core.files import whole_file
 
 RUN = "LIGHTNING_MASK_RUN"
 _LAUNCHER_SETS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -158,6 +160,25 @@ def job_command(argv: Sequence[str], config_name: str, task: Sequence[str], hydr
     places = [f"--{name.replace('_', '-')}={value}" for name, value in vars(given).items() if value is not None]
     kept = [override for override in hydra if not override.lstrip("+~").startswith(_OF_THE_SWEEP)]
     return [argv[0], *subcommand(argv), f"--config-name={config_name}", *places, *task, *kept, "hydra.mode=RUN"]
+
+
+def keep_config(cfg: DictConfig) -> None:
+    """Write the composed config of a Hydra job into ``.hydra`` of its folder, on the first rank.
+
+    Hydra itself would do it before the folder is known to be free, over what the job that is at work there has written.
+
+    Args:
+        cfg: The config; one that is not of the folder of Hydra's job is left alone.
+    """
+    if not HydraConfig.initialized() or not is_first():
+        return
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if folder.resolve() != Path(cfg.paths.output_dir).resolve():
+        return
+    words = OmegaConf.create(list(HydraConfig.get().overrides.task))
+    for name, content in (("config", cfg), ("hydra", HydraConfig.instance().cfg), ("overrides", words)):
+        with whole_file(folder / f".hydra/{name}.yaml") as temporary:
+            temporary.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
 
 
 def agree_on_run() -> None:

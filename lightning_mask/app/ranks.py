@@ -49,12 +49,12 @@ def _tasks() -> int:
 
 
 def words_of_rank(words: Sequence[str]) -> list[str]:
-    """Return Hydra's words with those that this rank adds: of many ranks in one folder, the first alone keeps ``.hydra``.
+    """Return Hydra's words with the one that this rank adds: of many ranks in one folder, each has a log of its own.
 
-    They come before the first override: Hydra takes no overrides on both sides of an option.
+    It comes before the first override: Hydra takes no overrides on both sides of an option.
     """
     rank, _ = place()
-    own = ["hydra.output_subdir=null", f"hydra.job.name=rank-{rank}"] if rank else []
+    own = [f"hydra.job.name=rank-{rank}"] if rank else []
     first = next((i for i, word in enumerate(words) if "=" in word and not word.startswith("-")), len(words))
     return [*words[:first], *own, *words[first:]]
 

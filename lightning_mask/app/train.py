@@ -17,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_mask.app import launch
 from lightning_mask.app.agreement import SameRun
 from lightning_mask.app.chatter import quieten
-from lightning_mask.app.checkpoints import NEWEST, LastCheckpoint, check_checkpoint, newest_checkpoint
+from lightning_mask.app.checkpoints import LastCheckpoint, check_checkpoint
 from lightning_mask.app.checks import check_complete, check_types, check_used
 from lightning_mask.app.delta import RunDelta
-from lightning_mask.app.launch import agree_on_run, all_ranks_end, one_job
+from lightning_mask.app.launch import agree_on_run, all_ranks_end, keep_config, one_job
 from lightning_mask.app.lock import kept_to_this_job
+from lightning_mask.app.newest import NEWEST, newest_checkpoint
 from lightning_mask.app.parts import make_callbacks, make_model, make_trainer
 from lightning_mask.app.ranks import check_started, words_of_rank
 from lightning_mask.app.report import try_report
@@ -53,6 +54,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     quieten()
     _check(cfg)
     with kept_to_this_job(Path(cfg.paths.output_dir)):
+        keep_config(cfg)
         return _train(cfg, started)
 
 
@@ -83,7 +85,7 @@ def _run(
     metrics: dict[str, float] = {}
     seconds: dict[str, float] = {}
     weights = None
-    start = _start(cfg, callbacks, model)
+    start = _ours(trainer, SameRun).start = _start(cfg, callbacks, model)
     delta = RunDelta(cfg, model, callbacks, trainer)
     if cfg.train:
         since = time.time()

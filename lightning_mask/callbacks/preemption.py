@@ -16,8 +16,11 @@ from torch import Tensor
 from lightning_mask.callbacks.saving import is_settled, save_last, validation_follows
 from lightning_mask.callbacks.signals import listen_again, listening, numbers, request_requeue, told
 from lightning_mask.core.distributed import world_size
+from lightning_mask.core.files import whole_file
 
 _STOP, _REQUEUE = 1, 2
+_TRIES = 5
+"""Tries of a job in a row without an optimizer step, after which it is not requeued any more."""
 
 
 class Preempted(SystemExit):
@@ -40,7 +43,7 @@ class Preemption(Checkpoint):
     one number that is reduced travels while that step is computed, and nobody waits for it. The checkpoint is taken at the end
     of an accumulation window, behind a validation that was due, and not between two epochs but a step later, so that the run
     goes on from it as if it had never stopped; before the first step there is nothing to save. Then :class:`Preempted` is
-    raised.
+    raised. A job that has come to no step in five tries is not requeued again: what comes before takes longer than it is given.
 
     Replaces Lightning's own handlers, which save inside of the signal handler: ranks that are at different places then wait for
     each other for ever.
@@ -68,6 +71,7 @@ class Preemption(Checkpoint):
             raise ValueError(f"Preemption: requeue names {odd[0]}, which is not among signals={self.signals}.")
         self.path = None if dirpath is None else Path(dirpath) / "last.ckpt"
         self._listening = ExitStack()
+        self._stepped = False
         self._asked: tuple[Tensor, Any] | None = None
 
     # Where the note is looked at.
@@ -84,6 +88,7 @@ class Preemption(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at what the ranks handed in at the step before, and hand in anew."""
+        self._stepped = True
         if is_settled(trainer) and not _ends(trainer) and not validation_follows(trainer):
             self._stop_if(trainer, self._known_since_last(trainer))
 
@@ -137,11 +142,27 @@ class Preemption(Checkpoint):
         try:
             if known == _REQUEUE and trainer.is_global_zero:
                 rank_zero_info(said)
-                said = request_requeue()
+                said = self._why_not() or request_requeue()
         finally:  # submitit ends rank 0 here; the others must not end before, which would end it, too
             trainer.strategy.barrier("requeued")
         rank_zero_info(said)
         raise Preempted(trainer)
+
+    def _why_not(self) -> str:
+        """Why the job is not to start once more, in words; empty where it is. Counts the tries that came to no step."""
+        if self.path is None:
+            return ""
+        counted = self.path.with_name("tries_without_a_step.txt")
+        if self._stepped:
+            counted.unlink(missing_ok=True)
+            return ""
+        tries = 1 + (int(counted.read_text(encoding="utf-8")) if counted.exists() else 0)
+        if tries == _TRIES:
+            counted.unlink()
+            return f"not requeued: {tries} tries in a row came to no step; give the job more time, or a criterion fewer batches"
+        with whole_file(counted) as temporary:
+            temporary.write_text(str(tries), encoding="utf-8")
+        return ""
 
     # Listening, in place of Lightning.
 

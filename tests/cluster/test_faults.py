@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig
+from torch.distributed import checkpoint
 
 from lightning_mask.app import errors
-from lightning_mask.app.checkpoints import newest_checkpoint
 from lightning_mask.app.lock import kept_to_this_job
+from lightning_mask.app.newest import name_and_step, newest_checkpoint
 from lightning_mask.app.train import train
-from tests.app.conftest import REPO, TINY
+from tests.app.conftest import REPO, TINY, command
 from tests.distributed.forks import clean_environment, free_port
 
 Config = Callable[..., DictConfig]
@@ -133,7 +134,9 @@ def test_a_second_job_in_a_folder_is_refused_and_one_after_a_job_that_died_is_no
             train(config(*SHORT))
         assert f"process {pid} on {socket.gethostname()}" in errors.explain(caught.value)
         assert "hydra.run.dir=" in errors.explain(caught.value)
-        assert [file.name for file in run.iterdir()] == [".lock"]
+        done = command(sys.executable, str(REPO / "scripts/train.py"), *SHORT, f"hydra.run.dir={run}", cwd=tmp_path)
+        assert done.returncode == 2
+        assert [file.name for file in run.iterdir()] == [".lock"], "no word of another command"
     assert (run / ".lock").exists(), "it was killed"
     train(config(*SHORT))
     assert step_of(run / "checkpoints/last.ckpt") == 4
@@ -208,6 +211,44 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config: Config, 
     previous.write_bytes(b"")
     with pytest.warns(UserWarning, match=r"previous\.ckpt"):
         assert newest_checkpoint(folder) is None
+
+
+def test_a_damaged_folder_of_shards_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    """As FSDP2's strategy writes it: torch's distributed checkpoint, and beside it what is not dealt out."""
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for step, folder in ((3, previous), (4, last)):
+        weights = {f"weight{i}": torch.randn(500 + i) for i in range(3)}
+        checkpoint.save({"model": weights, "step": step}, checkpoint_id=folder, no_dist=True)
+        torch.save({"loops": {}, "global_step": step}, folder / "meta.pt")
+    assert newest_checkpoint(tmp_path) == last
+    assert name_and_step(last) == "last.ckpt of step 4"
+    (shard,) = last.glob("*.distcp")
+    good = {file: file.read_bytes() for file in (shard, last / "meta.pt", last / ".metadata")}
+    places = [good[shard].index(weight.numpy().tobytes()) + 7 for weight in weights.values()]
+    for file, content in good.items():
+        at_places = places if file == shard else []
+        bad = [content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :] for at in at_places]
+        for damaged in (*bad, content[: len(content) // 2], content[:-1], content[7:], b""):
+            file.write_bytes(damaged)
+            with pytest.warns(UserWarning, match=r"last\.ckpt cannot be gone on from and is passed over"):
+                assert newest_checkpoint(tmp_path) == previous, (file.name, len(damaged))
+        file.write_bytes(content)
+        assert newest_checkpoint(tmp_path) == last
+
+
+def test_a_run_that_starts_anew_in_a_used_folder_goes_on_from_its_own_checkpoints(
+    config: Config, tmp_path: Path
+) -> None:
+    words = [*SHORT, "callbacks.last.every_n_steps=1", "trainer.val_check_interval=100"]
+    train(config(*words, "callbacks.best.filename=old"))
+    folder = tmp_path / "run/checkpoints"
+    assert {file.name for file in folder.iterdir()} == {"last.ckpt", "previous.ckpt", "old.ckpt"}
+    train(config(*words, "trainer.max_steps=1"))
+    assert step_of(folder / "old.ckpt") == 4
+    assert not (folder / "previous.ckpt").exists(), "it is the other run's"
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    assert step_of(newest) == 1
 
 
 def launched(*words: str) -> "subprocess.Popen[str]":

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import DictConfig
 
 from lightning_mask.app.train import train
@@ -93,6 +96,47 @@ def test_slurm_is_asked_to_requeue_the_job_or_the_task_of_an_array(
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
     scontrol.write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
     assert request_requeue() == f"job {job} could not be requeued (no such job): start it again with ckpt_path=auto"
+
+
+class SignalsItself(Callback):
+    """Before training, or behind its second step."""
+
+    def __init__(self, before: bool) -> None:
+        self.before = before
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.before:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_job_whose_tries_all_end_before_their_first_step_is_not_requeued_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol, asked = tmp_path / "scontrol", tmp_path / "asked"
+    scontrol.write_text(f"#!/bin/sh\necho x >> {asked}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+
+    def requeues(before: bool) -> int:
+        own = [SignalsItself(before), Preemption(str(tmp_path / "run"))]
+        trainer = Trainer(
+            max_steps=4, callbacks=own, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, accelerator="cpu", limit_val_batches=0, default_root_dir=tmp_path,
+            plugins=[LightningEnvironment()],
+        )  # fmt: skip
+        with pytest.raises(SystemExit):
+            trainer.fit(BoringModel())
+        return asked.read_text().count("x")
+
+    assert [requeues(before) for before in (True, True, True, True, False)] == [1, 2, 3, 4, 5], "one came to a step"
+    assert [requeues(before=True) for _ in range(6)] == [6, 7, 8, 9, 9, 10], (
+        "but for the fifth; a person may start it again"
+    )
 
 
 def test_signals_do_again_what_they_did_before() -> None:

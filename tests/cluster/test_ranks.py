@@ -117,6 +117,17 @@ def test_ranks_that_go_on_from_other_masks_are_refused(trained: tuple[Path, str]
     assert f"(on {socket.gethostname()} and {socket.gethostname()})" in done.stdout
 
 
+@pytest.mark.slow
+def test_ranks_that_found_other_checkpoints_are_refused(trained: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    shutil.copytree(trained[0] / "checkpoints", tmp_path / "0/run/checkpoints")
+    words = [*TWO, "ckpt_path=auto", "trainer.max_steps=6", "hydra.run.dir=run"]
+    done = torchrun(f"cd $RANK; {train()}", *words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "in the checkpoint to go on from. Keep the run's folder where all machines see it" in done.stdout
+    assert not (tmp_path / "1/run/checkpoints").exists()
+
+
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Set variables, and those of launchers to nothing."""
@@ -140,14 +151,14 @@ def test_a_job_of_several_tasks_without_srun_is_refused(environment: Callable[..
     check_started()
 
 
-def test_other_ranks_than_the_first_keep_no_config(environment: Callable[..., None]) -> None:
+def test_other_ranks_than_the_first_have_a_log_of_their_own(environment: Callable[..., None]) -> None:
     words = ["-m", "seed=0,1", "mask=head"]
     assert words_of_rank(words) == words
     environment(SLURM_JOB_NAME="train", SLURM_NTASKS="2", SLURM_STEP_ID="0", SLURM_PROCID="0")
     assert words_of_rank(words) == words
     environment(SLURM_PROCID="1")
-    assert words_of_rank(words) == ["-m", "hydra.output_subdir=null", "hydra.job.name=rank-1", *words[1:]]
-    assert words_of_rank([]) == ["hydra.output_subdir=null", "hydra.job.name=rank-1"]
+    assert words_of_rank(words) == ["-m", "hydra.job.name=rank-1", *words[1:]]
+    assert words_of_rank([]) == ["hydra.job.name=rank-1"]
 
 
 def test_the_first_process_is_known_whoever_started_it(environment: Callable[..., None]) -> None:
