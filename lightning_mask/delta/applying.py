@@ -18,7 +18,9 @@ def apply(base: PathLike, delta: PathLike, out: PathLike, *, force: bool = False
     """Write ``base`` with the delta's values to ``out``: equal, bit for bit, to the model that the delta was made from.
 
     Tensors keep the names that they have in ``base``. Tensors that ``base`` lacks and the delta has whole (a new head) are
-    added; those of which the delta knows nothing are taken along.
+    added; those of which the delta knows nothing are taken along. So are the further files of a folder, but for its weights in
+    other forms than the one that ``from_pretrained`` loads first (a ``pytorch_model.bin`` or ``onnx/`` beside the
+    ``model.safetensors``): they would be the base's still.
 
     Args:
         base: A checkpoint: a file, or a folder as ``save_pretrained`` writes it.

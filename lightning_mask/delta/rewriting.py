@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from torch import Tensor
 from lightning_mask.core.files import PathLike, whole_file, whole_folder
 from lightning_mask.delta.stream import Spec, raw, writing
 from lightning_mask.delta.weights import Folder, TensorsFile, TorchFile, Weights
+
+_FORMS = (
+    *("model*.safetensors", "pytorch_model*", "tf_model*", "flax_model*", "rust_model*", "open_clip*model*"),
+    *("consolidated*", "model.ckpt*", "model*.index.json", "*.gguf", "*.onnx*", "onnx", "openvino"),
+)
+"""What the weights of a model are called in a folder, in any form and for any library; those of its parts lie in folders."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ def write_like(weights: Weights, out: PathLike, change: Change) -> None:
     Of safetensors one tensor at a time is in memory; a torch file is written from tensors that lie in a file of their own.
 
     Args:
-        weights: What to write again, opened from a path; its further content (a trainer's state, a tokenizer) is taken along.
+        weights: What to write again, opened from a path; its further content (a trainer's state, a tokenizer) is taken along,
+            but for the same weights in further forms, which would be those of before.
         out: A file, or a folder where ``weights`` is one.
         change: What to write otherwise.
     """
@@ -72,13 +80,11 @@ def write_like(weights: Weights, out: PathLike, change: Change) -> None:
 
 
 def _write_folder(weights: Folder, out: Path, change: Change) -> None:
-    ours = {weights.path / name for name in weights.parts}
-    shutil.copytree(
-        weights.path,
-        out,
-        dirs_exist_ok=True,
-        ignore=lambda folder, names: [name for name in names if Path(folder) / name in ours],
-    )
+    def stale(folder: str, names: list[str]) -> list[str]:
+        forms = (*weights.parts, *_FORMS) if Path(folder) == weights.path else ()
+        return [name for name in names if any(fnmatch(name, form) for form in forms)]
+
+    shutil.copytree(weights.path, out, dirs_exist_ok=True, ignore=stale)
     *_, last = weights.parts
     for name, part in weights.parts.items():
         _write_file(part, out / name, change if name == last else replace(change, added={}))

@@ -230,14 +230,27 @@ def test_a_head_that_the_base_lacks_is_added_and_taken_off(form: str, tmp_path: 
     assert same(read(tmp_path / "back"), read(base))
 
 
-def test_of_a_folder_with_two_sets_of_weights_the_one_that_is_loaded_is_changed(tmp_path: Path):
-    base = write(odd(), "folder", tmp_path / "base")
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_weights_in_further_forms_are_not_taken_along(form: str, tmp_path: Path):
+    base = write(odd(), form, tmp_path / "base")
     torch.save({"stale": torch.ones(2)}, base / "pytorch_model-00001-of-00001.bin")
     index = {"metadata": {}, "weight_map": {"stale": "pytorch_model-00001-of-00001.bin"}}
     (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    save_delta(tmp_path / "d.safetensors", base, tuned(odd()))
+    stale = ["tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.fp16.safetensors", "onnx/model_qint8.onnx"]
+    stale += ["consolidated.00.pth", "openvino/openvino_model.bin"]
+    stale += ["model.safetensors.index.json"] if form == "folder" else []
+    kept = ["training_args.bin", "tokenizer.model", "adapter_model.safetensors", "2_Dense/model.safetensors"]
+    for name in (*stale, *kept):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    save_delta(tmp_path / "d.safetensors", base, tuned(odd()), originals=True)
     apply(base, tmp_path / "d.safetensors", tmp_path / "out")
-    assert same(load_file(tmp_path / "out/model.safetensors"), tuned(odd()))
+    assert same(read(tmp_path / "out"), tuned(odd()))
+    stale += ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
+    assert not [name for name in stale if (tmp_path / "out" / name).exists()]
+    assert [name for name in kept if (tmp_path / "out" / name).read_text() == name] == kept
+    revert(tmp_path / "out", tmp_path / "d.safetensors", tmp_path / "back")
+    assert same(read(tmp_path / "back"), odd())
 
 
 @contextmanager

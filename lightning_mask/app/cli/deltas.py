@@ -94,8 +94,9 @@ def apply(base: Path, delta: Path, out: Path | None, overwrite: bool, force: boo
     """Write the tuned model: BASE with the values of the delta, equal to the model it was made from, bit for bit.
 
     BASE is left as it is, and what is there already is not written over. To change BASE itself: -o BASE --overwrite. A
-    folder with other things in it is never replaced. Another base is refused, by the hash of its content; --force takes it
-    where names and shapes fit.
+    folder with other things in it is never replaced. Of a folder, all is taken along but weights in further forms
+    (pytorch_model.bin or onnx/ beside model.safetensors), which would be BASE's still. Another base is refused, by the hash
+    of its content; --force takes it where names and shapes fit.
 
     \b
     Examples:
