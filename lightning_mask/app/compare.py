@@ -195,6 +195,8 @@ def cells(cfg: DictConfig, folder: Path) -> list[Cell]:
             if not takes and index:
                 continue
             for task_name, task in cfg.tasks.items():
+                if task_name not in strategy.get("tasks", cfg.tasks):
+                    continue
                 words = [*cfg.overrides, *task.overrides, *strategy.overrides]
                 words += [f"trainer.max_steps={cfg.steps}", f"trainer.val_check_interval={cfg.steps}"]
                 if takes:

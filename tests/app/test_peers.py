@@ -14,6 +14,20 @@ from tests.app.conftest import TINY
 WHERE = "+callbacks.peer._target_=lightning_mask.app.comparison.peers"
 
 
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+    """What was trained."""
+    seen: list[torch.nn.Module] = []
+    fit = Trainer.fit
+
+    def noted(trainer: Trainer, model: torch.nn.Module, *more: object, **named: object) -> None:
+        seen.append(model)
+        fit(trainer, model, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "fit", noted)
+    return seen
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -23,16 +37,8 @@ WHERE = "+callbacks.peer._target_=lightning_mask.app.comparison.peers"
     ids=["torch", "lightning"],
 )
 def test_a_peer_prunes_the_default_scope_to_the_share(
-    words: list[str], config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+    words: list[str], config: Callable[..., DictConfig], models: list[torch.nn.Module]
 ) -> None:
-    models = []
-    fit = Trainer.fit
-
-    def noted(trainer: Trainer, model: torch.nn.Module, *more: object, **named: object) -> None:
-        models.append(model)
-        fit(trainer, model, *more, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Trainer, "fit", noted)
     cfg = config(*TINY, "mask=none", "logger=none", "test=false", *words, "+callbacks.peer.sparsity=0.75")
     application.train(cfg)
     (model,) = models
@@ -44,3 +50,15 @@ def test_a_peer_prunes_the_default_scope_to_the_share(
             assert abs(zeros - 0.75 * parameter.numel()) <= 1, name
         elif parameter.dim() > 1:
             assert zeros == 0, name
+
+
+def test_torch_pruning_removes_channels_to_the_share(
+    config: Callable[..., DictConfig], models: list[torch.nn.Module]
+) -> None:
+    words = [*TINY, "mask=none", "logger=none", "test=false"]
+    application.train(config(*words))
+    application.train(config(*words, f"{WHERE}.ChannelRemoval", "+callbacks.peer.sparsity=0.75"))
+    of_whole, of_small = (sum(model.get_parameter(name).numel() for name in default_scope(model)) for model in models)
+    assert 0.15 < of_small / of_whole <= 0.25
+    outputs = [[*model.parameters()][-1].shape for model in models]
+    assert outputs[0] == outputs[1], "classes"

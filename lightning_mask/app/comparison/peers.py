@@ -1,12 +1,14 @@
-"""How torch and Lightning prune by magnitude, as strategies of a comparison: over what PruneMask prunes by default."""
+"""How torch, Lightning and torch-pruning prune by magnitude, as strategies of a comparison: over PruneMask's default scope."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.utils import prune
 
+from lightning_mask.core.channels import evaluating
 from lightning_mask.core.prunable import default_scope
 
 
@@ -61,3 +63,56 @@ class LightningPruning(ModelPruning):
         """Name the tensors."""
         self._parameters_to_prune = tensors(pl_module)
         super().setup(trainer, pl_module, stage, **more)
+
+
+class ChannelRemoval(Callback):
+    """The package torch-pruning: channels of the smallest norm, over all layers, are removed before training.
+
+    With each goes what is coupled to it (Fang et al. 2023, "DepGraph").
+
+    Args:
+        sparsity: Share of the entries in scope that goes, at least.
+    """
+
+    def __init__(self, sparsity: float) -> None:
+        self.sparsity = sparsity
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove channels, before the optimizer is made.
+
+        Raises:
+            ValueError: If torch-pruning comes to an end before.
+        """
+        if stage != "fit":
+            return
+        from torch_pruning import importance, pruner
+
+        def entries() -> int:
+            return sum(getattr(layer, name).numel() for layer, name in scope)
+
+        scope = tensors(pl_module)
+        inside = {layer for layer, _ in scope}
+        wanted, most = (1 - self.sparsity) * entries(), 200
+        with isolate_rng():
+            batch = next(iter(trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
+        with evaluating(pl_module):
+            steps = pruner.MagnitudePruner(
+                pl_module,
+                batch,
+                importance.MagnitudeImportance(p=2),
+                global_pruning=True,
+                pruning_ratio=1.0,
+                max_pruning_ratio=0.95,  # of a layer: none is emptied
+                iterative_steps=most,
+                ignored_layers=[
+                    m for m in pl_module.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m not in inside
+                ],
+                forward_fn=lambda model, example: model(example),
+            )
+            for _ in range(most):
+                if entries() <= wanted:
+                    return
+                steps.step()
+        raise ValueError(
+            f"ChannelRemoval: torch-pruning leaves {entries()} entries, more than sparsity={self.sparsity} asks for."
+        )
