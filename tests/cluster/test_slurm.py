@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -89,47 +90,69 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(folder)
 
 
-# Holds training at its sixth step, until the test has sent its signal, where the file "hold" is.
+# Holds training at its sixth step until a signal came, or the file "hold" is gone; without that file, not at all.
 HOLDS = dedent(
     """
+    import os
     import time
     from pathlib import Path
     from lightning.pytorch import Callback
+    from lightning_mask.callbacks.signals import told
 
 
     class Holds(Callback):
         def on_train_batch_start(self, trainer, *_):
             if trainer.global_step == 5 and Path("hold").exists():
-                Path(f"there-{trainer.global_rank}").touch()
-                while Path("hold").exists():
+                Path(f"there-{os.environ['SLURM_JOB_ID']}-{trainer.global_rank}").touch()
+                while Path("hold").exists() and not told():
                     time.sleep(0.05)
     """
 )
+HELD = "+callbacks.holds._target_=holds.Holds"
 
 
-def test_a_job_that_a_signal_stopped_goes_on_and_ends_as_one_that_was_not(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.fixture
+def code(tmp_path: Path) -> dict[str, str]:
+    """Variables with which a job finds the callback that holds it."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code/holds.py").write_text(HOLDS)
-    words = [str(SCRIPTS / "train.sbatch"), *TINY, "mask=mask_then_lift", "trainer.max_steps=10", "test=false"]
-    words += ["+callbacks.holds._target_=holds.Holds", "optimizer=adamw"]
-    code = {"PYTHONPATH": str(tmp_path / "code")}
-    plain, stopped = tmp_path / "plain", tmp_path / "stopped"
-    plain.mkdir()
-    stopped.mkdir()
-    cluster("sbatch", "--wait", *words, cwd=plain, **code)
+    return {"PYTHONPATH": str(tmp_path / "code")}
 
-    (stopped / "hold").touch()
-    job = re.findall(r"\d+", cluster("sbatch", *words, cwd=stopped, **code))[0]
-    cluster.wait(job, lambda _: len(list(stopped.glob("there-*"))) == 2, stopped)
-    cluster("scancel", "--signal=USR1", job, cwd=stopped)
-    time.sleep(1)
-    (stopped / "hold").unlink()
-    cluster.wait(job, lambda state: state["Restarts"] == "1" and state["JobState"] != "COMPLETING", stopped)
-    cluster("scontrol", "update", f"JobId={job}", "StartTime=now", cwd=stopped)
-    cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", stopped)
+
+def held_jobs(folder: Path, ranks: int) -> list[str]:
+    """Wait until so many ranks are held; return their jobs."""
+    end = time.monotonic() + 400
+    while len(there := list(folder.glob("there-*"))) < ranks:
+        assert time.monotonic() < end, [file.read_text() for file in folder.rglob("*.out")]
+        time.sleep(0.2)
+    return sorted({file.name.split("-")[1] for file in there})
+
+
+def test_a_job_that_was_stopped_or_displaced_goes_on_and_ends_as_one_that_was_not(
+    cluster: Cluster, tmp_path: Path, code: dict[str, str]
+) -> None:
+    words = [str(SCRIPTS / "train.sbatch"), *TINY, "mask=mask_then_lift", "trainer.max_steps=10", "test=false"]
+    words += [HELD, "optimizer=adamw"]
+    plain, stopped, displaced = folders = [tmp_path / name for name in ("plain", "stopped", "displaced")]
+    for folder in folders:
+        folder.mkdir()
+    cluster("sbatch", "--wait", *words, cwd=plain, **code)
+    for folder in (stopped, displaced):
+        (folder / "hold").touch()
+        cluster("sbatch", *words, cwd=folder, **code)
+        (job,) = held_jobs(folder, 2)
+        if folder == stopped:
+            cluster("scancel", "--signal=USR1", job, cwd=folder)
+        else:  # by a job that takes the whole machine
+            everything = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--exclusive", "--wrap=true"]
+            cluster("sbatch", *everything, cwd=folder)
+        cluster.wait(job, lambda state: state["Restarts"] == "1" and state["JobState"] != "COMPLETING", folder)
+        (folder / "hold").unlink()
+        cluster("scontrol", "update", f"JobId={job}", "StartTime=now", cwd=folder)
+        cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", folder)
 
     ends = []
-    for folder in (plain, stopped):
+    for folder in folders:
         (run,) = (folder / "logs/smoke/runs").iterdir()
         summary = json.loads((run / "summary.json").read_text())
         assert summary["world_size"] == 2
@@ -141,10 +164,11 @@ def test_a_job_that_a_signal_stopped_goes_on_and_ends_as_one_that_was_not(cluste
         last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
         masks = MaskSet.load(run / "masks.safetensors").hash()
         ends.append({"weights": last["state_dict"], "moments": last["optimizer_states"], "masks": masks})
-    assert_equal(*ends)
-    said = next(stopped.glob("lightning_mask-*.out")).read_text()
-    assert said.count("stopped by SIGUSR1 at step 6") == 1
-    assert said.count("going on from") == 1
+    for folder, end in zip((stopped, displaced), ends[1:], strict=True):
+        assert_equal(ends[0], end, folder.name)
+        said = next(folder.glob("lightning_mask-*.out")).read_text()
+        assert said.count("stopped by SIGUSR1 at step 6") == 1
+        assert said.count("going on from") == 1
 
 
 def assert_equal(left: Any, right: Any, where: str = "") -> None:
@@ -174,14 +198,28 @@ def test_srun_starts_a_rank_on_each_of_two_nodes_that_share_a_model(cluster: Clu
     assert summary["mask"]["held_changed"] == 0
 
 
-def test_a_sweep_runs_as_jobs_of_two_tasks_each(cluster: Cluster, tmp_path: Path) -> None:
-    words = ["--multirun", *WORDS, "launcher=slurm", "trainer=ddp_cpu", "hydra.sweep.dir=sweep", "seed=0,1"]
-    words += ["hydra.launcher.partition=urgent"]
-    cluster(sys.executable, str(REPO / "scripts/train.py"), *words, cwd=tmp_path)
+def test_a_sweep_runs_as_jobs_of_two_tasks_each_and_one_that_is_stopped_goes_on(
+    cluster: Cluster, tmp_path: Path, code: dict[str, str]
+) -> None:
+    words = ["--multirun", *WORDS, "launcher=slurm", "trainer=ddp_cpu", "hydra.sweep.dir=sweep", "seed=0,1", HELD]
+    words += ["hydra.launcher.partition=urgent", "trainer.max_steps=8"]
+    (tmp_path / "hold").touch()
+    with ThreadPoolExecutor(1) as pool:
+        sweep = pool.submit(cluster, sys.executable, str(REPO / "scripts/train.py"), *words, cwd=tmp_path, **code)
+        _, one = held_jobs(tmp_path, 4)  # the other's number is that of the whole array
+        cluster("scancel", "--signal=USR2", one, cwd=tmp_path)  # as SLURM does before the time is up
+        cluster.wait(one, lambda state: state["Restarts"] == "1" and state["JobState"] != "COMPLETING", tmp_path)
+        (tmp_path / "hold").unlink()
+        cluster("scontrol", "update", f"JobId={one}", "StartTime=now", cwd=tmp_path)
+        sweep.result()
+    said = "".join(file.read_text() for file in (tmp_path / "sweep/.submitit").rglob("*_log.out"))
+    assert said.count("stopped by SIGUSR2 at step 6") == 1
+    assert said.count("going on from") == 1
     for seed in (0, 1):
         summary = json.loads((tmp_path / f"sweep/{seed}/summary.json").read_text())
         assert summary["world_size"] == 2
         assert summary["seed"] == seed
+        assert summary["mask"]["steps"] == 8
         assert summary["ckpt_path"] == "auto"
         assert summary["mask"]["held_changed"] == 0
     (script,) = (tmp_path / "sweep/.submitit").rglob("*_submission.sh")
