@@ -237,6 +237,42 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
 
 
+def test_whatever_is_wrong_in_a_file_the_page_is_refused_in_one_line_that_names_it(tmp_path: Path) -> None:
+    run = folder_of_a_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"tags": ["a"], "overrides": ["seed=1"], "seconds": {"all": 3.0}}
+    summary["mask"] |= {"sparsity": 0.5, "phase_active": [{"phase": 0, "active": {"net.head.bias": 3}}]}
+    phases = [{"name": "masked", "lr_scale": {"head": 2.0}}, {"name": "lifted"}]
+    refused: list[tuple[str, str]] = []
+    for name, content, write in (("summary.json", summary, json.dumps), ("phases.yaml", phases, yaml.safe_dump)):
+        for place, key in places(content):
+            value = place[key]
+            for wrong in (None, "word", [None], 10**400):
+                place[key] = wrong
+                (run / name).write_text(write(content))
+                try:
+                    write_report(run)
+                except ValueError as error:
+                    refused.append((name, str(error)))
+            place[key] = value
+        (run / name).write_text(write(content))
+        write_report(run)
+    assert len(refused) > 100
+    assert [line for name, line in refused if f"{run / name} is damaged" not in line or "\n" in line] == []
+    for name, content in (("metrics.csv", "step,a\ninf,3\n"), (".hydra/config.yaml", "&x {a: *x}")):
+        before = (run / name).read_text()
+        (run / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            write_report(run)
+        (run / name).write_text(before)
+
+
+def places(node: Any) -> list[tuple[Any, Any]]:
+    """Every mapping and list in plain values, with each of its keys; of a list, the first."""
+    keys = list(node) if isinstance(node, dict) else [0] if isinstance(node, list) and node else []
+    return [place for key in keys for place in ((node, key), *places(node[key]))]
+
+
 def test_a_tensor_that_no_update_touches_has_a_line_of_its_own(tmp_path: Path) -> None:
     """As those that ERK leaves dense."""
     run = folder_of_a_run(tmp_path / "run")

@@ -120,7 +120,8 @@ def read_run(folder: Path) -> Run:
     for path in _metrics_files(folder):
         _read(path, lambda file: _add_figures(run, file))
     run.tensors = _tensors(run)
-    run.phases = _phases(run)
+    settings = _read(folder / "phases.yaml", _settings) or []
+    run.phases = _parsed(folder / "summary.json", lambda _: _phases(run, settings))
     for path in sorted(folder.glob("sparsity*.csv")):
         run.sparsity |= _read(path, _sparsity) or {}
     if not run.sparsity:  # it is written as training ends
@@ -150,29 +151,62 @@ def previous_run(run: Run) -> Run | None:
 
 
 def _read(path: Path, parse: Callable[[Path], T]) -> T | None:
-    """Parse a file; None: there is none. Whatever is wrong with it becomes one line."""
-    if not path.is_file():
-        return None
+    """Parse a file; None: there is none."""
+    return _parsed(path, parse) if path.is_file() else None
+
+
+def _parsed(path: Path, parse: Callable[[Path], T]) -> T:
+    """Parse a file, or what was read of it. Whatever is wrong with it becomes one line."""
     try:
         return parse(path)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError, csv.Error) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        yaml.YAMLError,
+        csv.Error,
+    ) as error:
         what = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or not what a run writes ({type(error).__name__}: {what}).") from error
 
 
+_KINDS = {"metrics": dict, "mask": dict, "seconds": dict, "versions": dict, "overrides": list, "tags": list}
+_NUMBERS = ({"total", "active", "density"}, {"held_checked", "held_changed"}, {"steps"}, {"seconds_per_step"})
+"""Of ``mask``, in groups that are there together."""
+
+
 def _summary(path: Path) -> dict[str, Any]:
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    mask = summary.get("mask") or {}
-    for key, kind in (("metrics", dict), ("mask", dict), ("seconds", dict), ("versions", dict), ("overrides", list)):
+    summary = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
+    for key, kind in _KINDS.items():
         if not isinstance(summary.get(key) or kind(), kind):
             raise ValueError(f"{key} is no {kind.__name__}")
-    for key in ("active", "total", "density", "held_checked", "held_changed", "steps", "seconds_per_step"):
-        if not isinstance(mask.get(key, 0), int | float):
-            raise ValueError(f"mask.{key} is no number")
+    mask = summary.get("mask") or {}
+    numbers = {f"mask.{key}": mask.get(key) for group in _NUMBERS if group & mask.keys() for key in sorted(group)}
+    numbers |= {f"seconds.{part}": value for part, value in (summary.get("seconds") or {}).items()}
+    if mask.get("sparsity") is not None:
+        numbers["mask.sparsity"] = mask["sparsity"]
+    for key, value in numbers.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{key} is no number")
+        if key in ("mask.density", "mask.sparsity") and not 0 <= value <= 1:
+            raise ValueError(f"{key} is no share")
     confusion = summary.get("confusion_matrix")
-    if confusion is not None and any(len(row) != len(confusion["classes"]) for row in confusion["rows_true"]):
-        raise ValueError("confusion_matrix is not square")
+    if confusion:
+        rows = confusion["rows_true"]
+        if {len(rows), *map(len, rows)} != {len(confusion["classes"])}:
+            raise ValueError("confusion_matrix is not square")
+        if not all(isinstance(count, int) for row in rows for count in row):
+            raise ValueError("confusion_matrix has entries that are no counts")
     return dict(summary)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 18:
+        raise ValueError(f"{digits[:18]}... is more than a run can count")
+    return int(digits)
 
 
 def _config(path: Path) -> tuple[dict[str, Any], str]:
@@ -243,11 +277,13 @@ def _tensors(run: Run) -> list[Row]:
     """What was held at the end, of the summary, else of the masks alone."""
     rows = run.mask.get("tensors")
     if rows is not None:
-        return _read(run.folder / "summary.json", lambda _: [_row(each) for each in rows]) or []
+        return _parsed(run.folder / "summary.json", lambda _: [_row(each) for each in rows])
     return _read(run.folder / "masks.safetensors", _rows_of_masks) or []
 
 
 def _row(row: dict[str, Any]) -> Row:
+    if int(row["active"]) < 0:
+        raise ValueError(f"{row['name']}: active is no count")
     return Row(
         str(row["name"]), tuple(map(int, row["shape"])), int(row["active"]), float(row["density"]), str(row["held_by"])
     )
@@ -258,15 +294,17 @@ def _rows_of_masks(path: Path) -> list[Row]:
     return [Row(n, tuple(mask.shape), count, count / max(mask.numel(), 1), "not known") for n, mask, count in counted]
 
 
-def _phases(run: Run) -> list[Phase]:
+def _phases(run: Run, settings: list[dict[str, Any]]) -> list[Phase]:
     """The phases of the summary; of a run without one, where the logged number of the phase changes."""
-    settings = _read(run.folder / "phases.yaml", _settings) or []
     entries = run.mask.get("phases")
     if entries is None:
         logged = run.figures.get("mask/phase", [])
         changes = [p for before, p in zip([(0, -1.0), *logged], logged, strict=False) if before[1] != p[1]]
         entries = [{"phase": int(number), "step": step, "reason": ""} for step, number in changes]
-    held = {int(each["phase"]): each["active"] for each in run.mask.get("phase_active") or []}
+    held = {
+        int(each["phase"]): {str(name): int(count) for name, count in each["active"].items()}
+        for each in run.mask.get("phase_active") or []
+    }
     phases = []
     for entry in entries:
         index = int(entry["phase"])
@@ -277,7 +315,11 @@ def _phases(run: Run) -> list[Phase]:
 
 
 def _settings(path: Path) -> list[dict[str, Any]]:
-    return [dict(phase) for phase in yaml.safe_load(path.read_text(encoding="utf-8"))]
+    phases = [dict(phase) for phase in yaml.safe_load(path.read_text(encoding="utf-8"))]
+    for scale in (phase.get("lr_scale") for phase in phases):
+        for factor in scale.values() if isinstance(scale, dict) else [scale or 0]:
+            float(factor)
+    return phases
 
 
 def _sparsity(path: Path) -> dict[str, Points]:
