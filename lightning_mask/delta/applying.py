@@ -84,7 +84,8 @@ def revert(
         changes = any(item.form in "edrw" for item in file.items.values())
         if old is None and changes and not file.has_originals:
             raise ValueError(
-                f"{delta} has no originals: give the base that it was made from, or make deltas with originals=True."
+                f"{delta} has no originals: give the base that it was made from (base, --base), or make the delta again with "
+                "originals (originals=True, --originals)."
             )
         reverter = _Reverter(file, weights, old)
         if not force:
