@@ -1,5 +1,6 @@
 """`mask=auto`: what is chosen follows from the trials by the rule that is told, and the trials see training data alone."""
 
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from lightning_mask.app import auto
 from lightning_mask.app.auto import choose, wait_for
-from lightning_mask.app.auto.halving import Outcome, Setting, decisive, difference, halve, pick
+from lightning_mask.app.auto.halving import Outcome, Setting, decisive, difference, halve, pick, widen
 from lightning_mask.app.auto.settings import all_settings
 from lightning_mask.app.auto.trial import hold_out
 from lightning_mask.app.parts import make_model
@@ -33,7 +34,7 @@ Config = Callable[..., DictConfig]
 
 HEAD = 170
 BODY = 5142 - HEAD
-QUICK = [*TINY, "mask=auto", "mask.steps=3", "mask.eta=2", "mask.minutes=5", "trainer.max_steps=12"]
+QUICK = [*TINY, "mask=auto", "mask.steps=3", "mask.eta=2", "mask.minutes=5", "mask.widen=0", "trainer.max_steps=12"]
 NONE = [f"~mask.candidates.{name}" for name in ("none", "random", "bitfit", "gradient", "magnitude")]
 FEW = [*QUICK, *NONE, "mask.densities=[0.01,0.1]", "mask.rates=[1,10]"]
 
@@ -404,6 +405,32 @@ def test_halving_keeps_to_its_minutes() -> None:
         rungs(0.1)
 
 
+def test_a_rate_at_the_end_of_those_tried_is_followed_further() -> None:
+    by_rate = {1.0: 5.0, 3.0: 4.0, 9.0: 3.0, 27.0: 3.5, 81.0: 1.0}
+    now = 0.0
+
+    def run(setting: Setting, steps: int) -> Outcome:
+        nonlocal now
+        now += 10.0
+        assert setting.lr is not None
+        made = outcome(setting.strategy, by_rate[setting.lr], steps=steps, seconds=10.0)
+        return dataclasses.replace(made, setting=setting)
+
+    def followed(most: int = 5, minutes: float = 10.0, first: tuple[float, ...] = (1.0, 3.0)) -> list[float | None]:
+        nonlocal now
+        now = 0.0
+        rungs = [[run(Setting("a", None, lr, 1, {}), 1) for lr in first]]
+        rungs.append([run(rungs[0][-1].setting, 3)])
+        widen(rungs, run, most=most, mode="min", minutes=minutes, passed=lambda: now)
+        assert {o.steps for o in rungs[-1]} == {3}
+        return [o.setting.lr for o in rungs[-1]]
+
+    assert followed() == [3.0, 9.0, 27.0], "9 is between two others"
+    assert followed(most=1) == [3.0, 9.0]
+    assert followed(minutes=0.7) == [3.0, 9.0], "there is no time for another"
+    assert followed(first=(27.0, 9.0)) == [9.0, 3.0]
+
+
 def test_a_setting_that_fails_in_a_longer_trial_is_not_chosen() -> None:
     first = [outcome("a", 1.0), outcome("b", 2.0), outcome("c", 3.0)]
     assert decisive([first]) == first
@@ -451,12 +478,23 @@ def test_the_best_is_chosen_and_what_the_held_out_examples_cannot_separate_from_
 
 @pytest.mark.slow
 def test_ranks_of_torchrun_take_the_choice_of_the_first(tmp_path: Path) -> None:
-    words = [*FEW, "trainer=ddp_cpu", "logger=none", "test=false", "mask.densities=[0.01]", "mask.rates=[1]"]
+    words = [
+        *FEW,
+        "trainer=ddp_cpu",
+        "logger=none",
+        "test=false",
+        "mask.densities=[0.01]",
+        "mask.rates=[1]",
+        "mask.widen=1",
+    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     run = command(*torchrun, str(REPO / "scripts/train.py"), *words, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stdout
     (file,) = tmp_path.rglob("auto.json")
-    summary = json.loads((file.parent / "summary.json").read_text())
+    summary, record = (json.loads(path.read_text()) for path in (file.parent / "summary.json", file))
     assert summary["world_size"] == 2
-    assert summary["auto"]["strategy"] == json.loads(file.read_text())["choice"]["strategy"]
+    assert summary["auto"]["strategy"] == record["choice"]["strategy"]
+    (rung,) = record["rungs"]
+    rates = [row["lr"] for row in rung["trials"]]
+    assert sorted(rates) == [0.003, 0.003, 0.009], "of the better one, which had the largest rate, a larger one"
     assert run.stdout.count("mask=auto chose") == 1

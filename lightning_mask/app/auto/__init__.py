@@ -25,7 +25,7 @@ from omegaconf import DictConfig, open_dict
 
 from lightning_mask.app.auto.account import make_record, show
 from lightning_mask.app.auto.budget import bytes_of
-from lightning_mask.app.auto.halving import Outcome, Setting, halve
+from lightning_mask.app.auto.halving import Outcome, Setting, halve, widen
 from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
 from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
 from lightning_mask.app.launch import RUN
@@ -154,6 +154,8 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
 
         def run(setting: Setting, steps: int) -> Outcome:
             nonlocal earlier
+            if setting not in settings:
+                settings.append(setting)
             folder = trials / f"{steps:06d}-{settings.index(setting):03d}"
             config = trial_config(cfg, auto, setting, steps, held_out, folder)
             key = digest(config)
@@ -184,6 +186,7 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
             longest=longest if isinstance(longest, int) and longest > 0 else None,
             passed=passed,
         )
+        widen(rungs, run, most=auto.widen, mode=auto.mode, minutes=auto.minutes, passed=passed)
     left_out += [{"name": s.name, "why": "there was no time: raise mask.minutes, or lower mask.steps"} for s in untried]
     record = make_record(auto, cfg, rungs, left_out, where, passed())
     show(record, auto)

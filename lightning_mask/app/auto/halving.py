@@ -3,6 +3,8 @@
 * Halving: all settings train for ``steps``; the best 1 / ``eta`` of them start again with ``eta`` times as many, and so on
   until one is left (Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016,
   algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018).
+* Widening: where the best of the last round has the largest or the smallest rate of all that its strategy was tried at, it
+  runs at the next one, too.
 * The choice: the best of the last round that two or more ran. What lies within one standard error of it, by the error of the
   paired difference (as in the one-standard-error rule of Breiman et al., "Classification and Regression Trees", 1984, section
   3.4.3), is named, with the fewest entries that would do: who wants few gives a budget.
@@ -10,7 +12,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -132,6 +134,42 @@ def halve(
         rungs.append([run(setting, steps) for setting in kept])
         if not rank(rungs[-1], mode):
             return rungs, untried
+
+
+def widen(
+    rungs: Sequence[list[Outcome]],
+    run: Callable[[Setting, int], Outcome],
+    *,
+    most: int,
+    mode: str,
+    minutes: float,
+    passed: Callable[[], float],
+) -> None:
+    """Add further rates to the last rung: three times as large or small, while the best one there lies at an end of all tried.
+
+    Args:
+        rungs: What :func:`halve` returned.
+        run: Trains a setting for a number of steps.
+        most: How many rates at most.
+        mode: Which score is better: "min" or "max".
+        minutes: Time for all trials, the earlier ones included.
+        passed: Says how many seconds of it are over.
+    """
+    for _ in range(most):
+        ranked = rank(rungs[-1], mode)
+        if not ranked or (lr := ranked[0].setting.lr) is None:
+            return
+        best, own = ranked[0], ranked[0].setting
+        tried = [
+            o.setting.lr or 0.0
+            for rung in rungs
+            for o in rung
+            if (o.setting.strategy, o.setting.density) == (own.strategy, own.density)
+        ]
+        factor = 3.0 if lr == max(tried) else 1 / 3 if lr == min(tried) else None
+        if factor is None or passed() + best.seconds > minutes * 60:
+            return
+        rungs[-1].append(run(replace(own, lr=float(f"{lr * factor:.6g}")), best.steps))
 
 
 def decisive(rungs: Sequence[Sequence[Outcome]]) -> list[Outcome]:

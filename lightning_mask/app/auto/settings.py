@@ -30,6 +30,7 @@ class Auto:
             (instead of the common ones; [] leaves the strategy's density alone) where wanted. None leaves one out.
         densities: Tried with each candidate that has a density; shares (float) or numbers (int) of the entries in its scope.
         rates: Learning rates, as multiples of the run's ``lr``; None: that alone.
+        widen: Further rates that are tried at most where the best one lies at an end.
         budget: What may train at most: a number (int) or a share (float) of the model's entries, or the bytes of the optimizer's
             state that they may take, such as "10 MB"; None: no limit.
         minutes: Time for all trials.
@@ -48,6 +49,7 @@ class Auto:
     candidates: dict[str, dict[str, Any] | None]
     densities: list[Amount]
     rates: list[float] | None
+    widen: int
     budget: int | float | str | None
     minutes: float
     steps: int
@@ -66,7 +68,7 @@ class Auto:
             raise ValueError("candidates is empty: name strategies, such as {fisher: {mask: fisher}}.")
         if self.mode not in ("min", "max"):
             raise ValueError(f"mode={self.mode!r} must be min or max.")
-        for name, least in (("minutes", 0.0), ("steps", 1), ("eta", 2), ("held_out", 0)):
+        for name, least in (("minutes", 0.0), ("steps", 1), ("eta", 2), ("widen", 0), ("held_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
 
