@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import combinations
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -30,7 +31,8 @@ def merge(
 ) -> None:
     """Write one delta that does what several do.
 
-    Deltas with no entry in common are united exactly, whatever ``how``. Else entries that are active in several are combined
+    Deltas with no entry in common are united exactly, whatever ``how``; a tensor that the base lacks (a head) may be in several
+    where it is equal. Else entries that are active in several are combined
     as differences from the base, base + f(value_1 - base, value_2 - base, ...), in float64, rounded once; those that are
     active in one keep its value, but for ``"ties"``, which trims them, too.
 
@@ -76,16 +78,25 @@ def merge(
 
 
 def _check_one_base(files: Sequence[DeltaFile]) -> None:
-    first = files[0]
-    for other in files[1:]:
+    for first, other in combinations(files, 2):
         common = [name for name in first.items if name in other.items]
-        wrong = next(
-            (n for n in common if first.digests[n] != other.digests[n] or first.items[n].spec != other.items[n].spec),
-            None,
-        )
-        if wrong is not None or not common:
-            what = f"{wrong} differs in their bases" if common else "they have no tensor's name in common"
-            raise ValueError(f"{first.path} and {other.path} are not of one base: {what}.")
+        if not common:
+            raise ValueError(
+                f"{first.path} and {other.path} are not of one base: they have no tensor's name in common."
+            )
+        for name in common:
+            one, two = first.items[name].spec, other.items[name].spec
+            shapes = f"is {one.code} {one.shape} in {first.path} and {two.code} {two.shape} in {other.path}"
+            if first.items[name].form == other.items[name].form == "a":
+                if one != two or not torch.equal(bits(first.part(name).values), bits(other.part(name).values)):
+                    what = shapes if one != two else f"has other values in {first.path} than in {other.path}"
+                    raise ValueError(
+                        f"{name}, which their base lacks, {what}: give it another name in one of the tuned models, and make "
+                        "its delta again."
+                    )
+            elif one != two or first.digests[name] != other.digests[name]:
+                what = shapes if one != two else f"differs in those of {first.path} and {other.path}"
+                raise ValueError(f"These deltas are not of one base: {name} {what}.")
 
 
 class _Share(NamedTuple):
@@ -126,7 +137,9 @@ class _Merger:
     def _several(self, name: str) -> Tensor:
         """Flat mask of the entries that are active in more than one delta; refuse it where that is to be refused."""
         masks = [
-            (file, self._share(file, name).active) for file in self._files if file.items.get(name, _NONE).form != "n"
+            (file, self._share(file, name).active)
+            for file in self._files
+            if file.items.get(name, _NONE).form not in "na"
         ]
         if len(masks) < 2:
             return torch.zeros(1, dtype=torch.bool)
@@ -195,7 +208,7 @@ class _Merger:
     def _merged(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """Flat: which entries are active, their values, and the base's, where the deltas have them."""
         pairs = [
-            (self._share(f, name), t)
+            (self._share(f, name), t, f.items[name].form)
             for f, t in zip(self._files, self._trimmed, strict=True)
             if f.items.get(name, _NONE).form != "n"
         ]
@@ -203,14 +216,14 @@ class _Merger:
             mine
             if name not in trimmed
             else mine._replace(active=mine.active.masked_scatter(mine.active, trimmed[name]))
-            for mine, trimmed in pairs
+            for mine, trimmed, _ in pairs
         ]
         values = torch.zeros_like(shares[0].values)
         for mine in shares:
             bits(values)[mine.active] = bits(mine.values)[mine.active]
         masks = torch.stack([mine.active for mine in shares])
         several = (masks.sum(0) > 1).nonzero().view(-1)
-        if len(several):
+        if len(several) and pairs[0][2] != "a":  # what the base lacks is equal in all
             values[several] = self._combined(name, shares, several)
         known = all(mine.originals is not None for mine in shares)
         return masks.any(0), values, self._before(name, shares) if known else None

@@ -115,6 +115,37 @@ def test_ties_leaves_a_head_whole_that_the_base_lacks(tmp_path: Path):
     assert same(load_file(tmp_path / "out.safetensors"), wanted)
 
 
+def test_heads_of_one_name_are_merged_only_where_they_are_equal(tmp_path: Path):
+    base, changes = {"w": torch.zeros(3)}, torch.eye(3)
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+
+    def cannot(heads: list[Tensor], words: str) -> None:
+        for path, change, head in zip(paths, changes, heads, strict=True):
+            save_delta(path, base, {"w": change, "head": head}, originals=True)
+        for how in ("error", "sum", "ties"):
+            with pytest.raises(ValueError, match=f"^head, which their base lacks, {words}: give it another name"):
+                merge(paths, tmp_path / "m.safetensors", how=how)
+
+    cannot(
+        [torch.ones(2), torch.ones(2), torch.ones(2, 4)], r"is F32 \(2,\) in .*0.* and F32 \(2, 4\) in .*2.safetensors"
+    )
+    cannot(
+        [torch.ones(2), torch.ones(2), torch.zeros(2)], r"has other values in .*0.safetensors than in .*2.safetensors"
+    )
+    save_delta(paths[0], base, {"w": changes[0], "other": torch.ones(2)}, originals=True)
+    with pytest.raises(ValueError, match=r"head, which their base lacks, has other values in .*1.* than in .*2"):
+        merge(paths, tmp_path / "m.safetensors")
+    merge(paths[:2], tmp_path / "m.safetensors")
+    save_delta(paths[2], base, {"w": changes[2], "head": torch.ones(2)})
+    merge(paths[1:], tmp_path / "m.safetensors")
+    save_file(base, tmp_path / "base.safetensors")
+    apply(tmp_path / "base.safetensors", tmp_path / "m.safetensors", tmp_path / "out.safetensors")
+    assert same(load_file(tmp_path / "out.safetensors"), {"w": torch.tensor([0.0, 1, 1]), "head": torch.ones(2)})
+    save_delta(paths[2], {"w": torch.zeros(3, 1)}, {"w": torch.ones(3, 1)})
+    with pytest.raises(ValueError, match=r"not of one base: w is F32 \(3,\) in .* and F32 \(3, 1\) in"):
+        merge(paths, tmp_path / "m.safetensors")
+
+
 def test_deltas_of_other_bases_and_counters_that_differ_are_not_merged(tmp_path: Path):
     base = {"w": torch.zeros(4), "steps": torch.tensor(0)}
     first = {"w": torch.tensor([1.0, 0, 0, 0]), "steps": torch.tensor(5)}
@@ -126,7 +157,7 @@ def test_deltas_of_other_bases_and_counters_that_differ_are_not_merged(tmp_path:
     save_delta(paths[3], base | {"w": torch.ones(4)}, second, originals=True)
     with pytest.raises(ValueError, match=r"steps is torch.int64 and differs"):
         merge(paths[:2], tmp_path / "m.safetensors", how="mean")
-    with pytest.raises(ValueError, match="not of one base: w differs"):
+    with pytest.raises(ValueError, match=r"not of one base: w differs in those of .*0.safetensors and .*3.safetensors"):
         merge([paths[0], paths[3]], tmp_path / "m.safetensors", how="sum")
     with pytest.raises(ValueError, match="how='mode' is no way"):
         merge(paths[:2], tmp_path / "m.safetensors", how="mode")
