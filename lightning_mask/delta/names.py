@@ -2,9 +2,9 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
-from lightning_mask.delta.weights import Weights
+from lightning_mask.delta.weights import Weights, common_start, starts
 
 
 class Names:
@@ -22,12 +22,12 @@ class Names:
         self._names, self._there = names, there
         self._aliases = dict(aliases or {})
         self._known = {*there.specs, *there.aliases}
-        votes = Counter((name[:at], "") for name in names for at in _starts(name) if name[at:] in self._known)
+        votes = Counter((name[:at], "") for name in names for at in starts(name) if name[at:] in self._known)
         ours = set(names)
-        votes.update(("", name[:at]) for name in there.specs for at in _starts(name) if at and name[at:] in ours)
+        votes.update(("", name[:at]) for name in there.specs for at in starts(name) if at and name[at:] in ours)
         best = max(votes, key=lambda prefix: (votes[prefix], -len("".join(prefix))), default=("", ""))
         self._strip, self._put = best
-        self._shared = _common(names)
+        self._shared = common_start(names)
 
     def find(self, name: str) -> str | None:
         """Return the checkpoint's name of a tensor, or None where it has none."""
@@ -50,18 +50,3 @@ class Names:
         wanted = self._put + name.removeprefix(self._strip)
         near = difflib.get_close_matches(wanted, self._there.specs, n=2)
         return f"{wanted!r} (nearest: {', '.join(near)})" if near else f"{wanted!r}"
-
-
-def _starts(name: str) -> Iterator[int]:
-    """Where a name begins, and where it goes on after a dot."""
-    yield 0
-    yield from (at + 1 for at, letter in enumerate(name) if letter == ".")
-
-
-def _common(names: Collection[str]) -> str:
-    """The longest run of whole words that all names begin with."""
-    if len(names) < 2:
-        return ""
-    first, last = min(names), max(names)
-    at = max((at for at in _starts(first) if last.startswith(first[:at])), default=0)
-    return first[:at]

@@ -30,7 +30,8 @@ def save_delta(
 ) -> None:
     """Write to ``path`` what ``tuned`` has other than ``base``.
 
-    Both are gone through twice, one tensor at a time.
+    Both are gone through twice, one tensor at a time. Masks are in memory as a whole, a byte for each entry; those of a
+    random recipe twice, since they are drawn to see whether the recipe can stand for them.
 
     Args:
         path: The file to write, usually ``*.safetensors``.
@@ -64,7 +65,7 @@ def save_delta(
             aliases=new.aliases,
             recipe=given,
             metrics={name: float(value) for name, value in (metrics or {}).items()},
-            base=hash_of(maker.digests),
+            base=maker.base,
         )
 
 
@@ -79,8 +80,14 @@ class _Maker:
         self._drawn = draw(recipe, {name: mask.shape for name, mask in self._masks.items()})
         self.items: dict[str, Item] = {}
         self.digests: dict[str, bytes] = {}
+        of_base: dict[str, bytes] = {}
         for name, spec in new.specs.items():
             self.items[name] = self._item(name, spec)
+            there = self._names.find(name)
+            if there is not None:
+                of_base[there] = self.digests[name]
+        of_base |= {name: digest(old.read(name)) for name in old.specs if name not in of_base}
+        self.base = hash_of(of_base)
 
     def _item(self, name: str, spec: Spec) -> Item:
         there = self._names.find(name)

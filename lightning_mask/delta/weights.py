@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,9 @@ def _load(path: Path) -> dict[str, Any]:
 def content_hash(source: Source) -> str:
     """Return a checkpoint's hash, over names, dtypes, shapes and bytes of its tensors: the ``base`` of deltas made from it.
 
-    The form of the checkpoint makes no difference, nor does the order of the tensors; their names do.
+    The form of the checkpoint makes no difference, nor does the order of the tensors, nor the words that all names begin with
+    (``net.`` of a LightningModule); what differs in names does. Tied tensors count once, by the first name that the
+    checkpoint has for them.
 
     Args:
         source: The path of a file or a folder, a state dict, or a module.
@@ -218,10 +220,25 @@ def content_hash(source: Source) -> str:
 
 def hash_of(digests: Mapping[str, bytes]) -> str:
     """Return the hash of a checkpoint from the digests of its tensors: SHA-256 over names and digests, in order of names."""
-    made = hashlib.sha256()
+    made, start = hashlib.sha256(), len(common_start(digests))
     for name, one in sorted(digests.items()):
-        made.update(name.encode() + b"|" + one)
+        made.update(name[start:].encode() + b"|" + one)
     return made.hexdigest()
+
+
+def common_start(names: Collection[str]) -> str:
+    """Return the longest run of whole words that all names begin with."""
+    if len(names) < 2:
+        return ""
+    first, last = min(names), max(names)
+    at = max((at for at in starts(first) if last.startswith(first[:at])), default=0)
+    return first[:at]
+
+
+def starts(name: str) -> Iterator[int]:
+    """Yield where a name begins, and where it goes on after a dot."""
+    yield 0
+    yield from (at + 1 for at, letter in enumerate(name) if letter == ".")
 
 
 def digest(tensor: Tensor) -> bytes:

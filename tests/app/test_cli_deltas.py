@@ -81,6 +81,8 @@ def test_inspect_and_save_say_what_a_delta_has(run: Run, models: dict[str, Path]
     facts = told(run, "delta", "inspect", models["delta_a"])
     assert facts == {"delta": str(models["delta_a"]), **json.loads(json.dumps(inspect(models["delta_a"])))}
     assert (facts["active"], facts["total"]) == (18, 64)
+    assert run("delta", "hash", models["base"]) == (0, f"{facts['base']}\n", "")
+    assert told(run, "delta", "hash", models["base.safetensors"])["hash"] == facts["base"]
     code, out, _ = run("delta", "inspect", models["delta_a"])
     assert code == 0
     assert facts["base"] in out

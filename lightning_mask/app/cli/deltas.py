@@ -24,6 +24,7 @@ def delta() -> None:
     Examples:
       lightning-mask delta save base/ tuned/ -o delta.safetensors
       lightning-mask delta inspect run/delta.safetensors
+      lightning-mask delta hash base/
       lightning-mask delta apply base/ run/delta.safetensors -o tuned/
       lightning-mask delta revert tuned/ run/delta.safetensors --base base/ -o base_again/
       lightning-mask delta diff base/ base_again/
@@ -81,6 +82,26 @@ def inspect(delta: Path, every: bool, json: bool) -> None:
     for name, value in facts.items():
         if name not in ("tensors", "active", "total", "density"):
             click.echo(f"{name}: {_said(value)}")
+
+
+@delta.command("hash")
+@click.argument("checkpoint", type=FILES)
+@AS_JSON
+def content(checkpoint: Path, json: bool) -> None:
+    """Print the hash of a checkpoint's content: what inspect calls base, of the base that a delta was made from.
+
+    \b
+    Examples:
+      lightning-mask delta hash base/
+      lightning-mask delta hash model.safetensors --json | jq -r .hash
+    """
+    from lightning_mask.delta import content_hash
+
+    made = content_hash(checkpoint)
+    if json:
+        as_json({"checkpoint": str(checkpoint), "hash": made})
+    else:
+        click.echo(made)
 
 
 @delta.command()
