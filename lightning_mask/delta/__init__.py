@@ -2,8 +2,9 @@
 
 Needs torch and safetensors alone (the hub: huggingface_hub). Checkpoints are files (``.safetensors``, or ``.ckpt``, ``.pt``,
 ``.bin`` of tensors and plain values) or folders as ``save_pretrained`` writes them, also in shards; they are gone through
-tensor by tensor. Names may have a common prefix on one side (``net.`` of a LightningModule). Whatever is refused is refused
-with a ``ValueError`` of one line, or a ``FileNotFoundError``, before the target is touched.
+tensor by tensor, and where more than a few are in memory, the function says so. Names may have a common prefix on one side
+(``net.`` of a LightningModule). Whatever is refused is refused with a ``ValueError`` of one line, or a ``FileNotFoundError``,
+before the target is touched.
 """
 
 from lightning_mask.delta.applying import apply, revert

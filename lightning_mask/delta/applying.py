@@ -22,6 +22,9 @@ def apply(base: PathLike, delta: PathLike, out: PathLike, *, force: bool = False
     other forms than the one that ``from_pretrained`` loads first (a ``pytorch_model.bin`` or ``onnx/`` beside the
     ``model.safetensors``): they would be the base's still.
 
+    A few tensors are in memory at a time. Entries that a recipe's seed stands for are drawn for all tensors at once, which
+    takes a byte for each entry in its scope while it lasts: a budget that tensors share is one draw over all of them.
+
     Args:
         base: A checkpoint: a file, or a folder as ``save_pretrained`` writes it.
         delta: A file of :func:`~lightning_mask.delta.save_delta`.

@@ -10,7 +10,7 @@ from lightning_mask.delta.names import Names
 from lightning_mask.delta.stream import bits
 from lightning_mask.delta.weights import Weights, open_weights
 
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)

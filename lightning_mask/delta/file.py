@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lightning_mask.core.files import PathLike, whole_file
 from lightning_mask.core.maskset import indices as indices_of
-from lightning_mask.delta.items import DIGEST, FORMS, Item, Part, draw
+from lightning_mask.delta.items import DIGEST, FORMS, LONG, Item, Part, draw
 from lightning_mask.delta.stream import DTYPES, Spec, Writer, patch_header, raw, writing
 from lightning_mask.delta.weights import TensorsFile
 
@@ -68,7 +68,8 @@ def inspect(delta: PathLike) -> dict[str, Any]:
     """Return what a delta file says about itself, after checking that it is whole.
 
     Returns:
-        Plain values: ``hash`` (of the file's content), ``base`` (hash of the base), ``active`` and ``total`` (entries),
+        Plain values: ``hash`` (of the file's content), ``base`` (of the base:
+        :func:`~lightning_mask.delta.content_hash`), ``active`` and ``total`` (entries),
         ``density``, ``bytes``, ``bytes_per_entry``, ``originals`` (whether it has them), ``recipe``, ``metrics``,
         ``versions``, and ``tensors``: a list of ``{name, shape, dtype, form, active, entries}`` with the form ``"none"``
         (as in the base), ``"entries"``, ``"drawn"`` (from the recipe's seed), ``"rows"``, ``"whole"``, or ``"added"`` (whole,
@@ -120,7 +121,7 @@ class DeltaFile:
             self._places[item.name] = dict(at)
             for key, size in _pieces(item, self.has_originals).items():
                 at[key] += size
-        self._masks: dict[str, Tensor] | None = None
+        self._indices: dict[str, Tensor] | None = None
 
     @property
     def has_originals(self) -> bool:
@@ -148,9 +149,13 @@ class DeltaFile:
         return self._file.part(key, begin, begin + size)
 
     def _drawn(self, item: Item) -> Tensor:
-        if self._masks is None:
-            self._masks = draw(self.recipe, {name: i.spec.shape for name, i in self.items.items()})
-        indices = indices_of(self._masks[item.name]) if item.name in self._masks else None
+        if self._indices is None:
+            drawn = draw(self.recipe, {name: i.spec.shape for name, i in self.items.items()})
+            self._indices = {
+                name: indices_of(mask).to(torch.int32 if mask.numel() < LONG else torch.int64)
+                for name, mask in drawn.items()
+            }
+        indices = self._indices.get(item.name)
         if indices is None or len(indices) != item.count:
             raise self._damaged(f"{item.name}: its recipe does not give as many entries")
         return indices

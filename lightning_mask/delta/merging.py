@@ -36,6 +36,9 @@ def merge(
     as differences from the base, base + f(value_1 - base, value_2 - base, ...), in float64, rounded once; those that are
     active in one keep its value, but for ``"ties"``, which trims them, too.
 
+    One tensor of each delta is in memory at a time, with all of its entries. ``"ties"`` ranks all active entries of a delta
+    together, and keeps five bytes of each.
+
     Args:
         deltas: Two or more files of :func:`~lightning_mask.delta.save_delta`, all of one base.
         out: The file to write.
@@ -143,7 +146,7 @@ class _Merger:
         ]
         if len(masks) < 2:
             return torch.zeros(1, dtype=torch.bool)
-        several = torch.stack([mask.to(torch.uint8) for _, mask in masks]).sum(0) > 1
+        several = torch.stack([mask.to(torch.uint8) for _, mask in masks]).sum(0, dtype=torch.int16) > 1
         if self._how == "error" and bool(several.any()):
             both = [str(file.path) for file, mask in masks if bool((mask & several).any())]
             raise ValueError(
@@ -222,7 +225,7 @@ class _Merger:
         for mine in shares:
             bits(values)[mine.active] = bits(mine.values)[mine.active]
         masks = torch.stack([mine.active for mine in shares])
-        several = (masks.sum(0) > 1).nonzero().view(-1)
+        several = (masks.sum(0, dtype=torch.int16) > 1).nonzero().view(-1)
         if len(several) and pairs[0][2] != "a":  # what the base lacks is equal in all
             values[several] = self._combined(name, shares, several)
         known = all(mine.originals is not None for mine in shares)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_mask.core import Context, MaskEngine, MaskSet, Selection
 from lightning_mask.core.selection import select
-from lightning_mask.delta import Delta, apply, diff, inspect, items, revert, save_delta
+from lightning_mask.delta import Delta, apply, content_hash, diff, inspect, items, revert, save_delta
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt", "ckpt", "folder", "shards"])
@@ -230,6 +230,16 @@ def test_a_head_that_the_base_lacks_is_added_and_taken_off(form: str, tmp_path: 
     assert same(read(tmp_path / "back"), read(base))
 
 
+def test_a_delta_names_its_base_by_a_hash_that_the_base_alone_gives(tmp_path: Path):
+    base = write(odd() | {"unknown": torch.ones(2)}, "shards", tmp_path / "base")
+    after = {f"net.{name}": tensor for name, tensor in (tuned(odd()) | {"head.bias": torch.zeros(3)}).items()}
+    save_delta(tmp_path / "d.safetensors", base, after)
+    named = {f"net.model.{name}": tensor for name, tensor in read(base).items()}
+    assert inspect(tmp_path / "d.safetensors")["base"] == content_hash(base) == content_hash(named)
+    named["net.other"] = named.pop("net.model.unknown")
+    assert content_hash(named) != content_hash(base)
+
+
 @pytest.mark.parametrize("form", ["folder", "shards"])
 def test_weights_in_further_forms_are_not_taken_along(form: str, tmp_path: Path):
     base = write(odd(), form, tmp_path / "base")
@@ -291,4 +301,6 @@ def test_memory_stays_at_a_few_tensors(form: str, tmp_path: Path):
         apply(path, tmp_path / "d.safetensors", tmp_path / f"out{path.suffix}")
     with anonymous_memory(most):
         revert(tmp_path / f"out{path.suffix}", tmp_path / "d.safetensors", tmp_path / f"back{path.suffix}")
+    with anonymous_memory(most):
+        diff(path, after)
     assert max(most) < 8 << 21, most  # eight of twenty tensors of 2 MiB
