@@ -168,16 +168,13 @@ def keep_config(cfg: DictConfig) -> None:
     Hydra itself would do it before the folder is known to be free, over what the job that is at work there has written.
 
     Args:
-        cfg: The config; one that is not of the folder of Hydra's job is left alone.
+        cfg: The config; ``paths.output_dir`` is the folder.
     """
     if not HydraConfig.initialized() or not is_first():
         return
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    if folder.resolve() != Path(cfg.paths.output_dir).resolve():
-        return
     words = OmegaConf.create(list(HydraConfig.get().overrides.task))
     for name, content in (("config", cfg), ("hydra", HydraConfig.instance().cfg), ("overrides", words)):
-        with whole_file(folder / f".hydra/{name}.yaml") as temporary:
+        with whole_file(Path(cfg.paths.output_dir) / f".hydra/{name}.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 import pickletools
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,11 +17,19 @@ _LAST_RECORD = 22
 """Bytes of the record that ends a zip archive without a comment."""
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint that was written last of those that a run can go on from; None where there is none.
+@dataclass(frozen=True)
+class _Found:
+    path: Path
+    written: int
+    step: int
 
-    One that is damaged is passed over, with a warning that names it; weights without a state of training, silently. Its steps
-    do not count: what an earlier run left in the folder may have more of them.
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint that a run can best go on from; None where there is none.
+
+    That is ``last.ckpt``, or what was written later, after more steps; without it ``previous.ckpt``. Neither the steps alone
+    say it (an earlier run may have left some that had more of them) nor the times alone (a copy of the folder may have others).
+    One that is damaged is passed over, with a warning that names it; weights without a state of training, silently.
 
     Args:
         folder: Of the checkpoints; it need not exist.
@@ -29,34 +38,40 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in sorted(folder.glob("[!.]*.ckpt")):
         try:
             state, written = _state(path), path.stat().st_mtime_ns
-        except FileNotFoundError:  # renamed meanwhile
-            continue
         except (OSError, ValueError) as error:
-            _pass_over(path, error)
+            if path.exists():  # else it was renamed meanwhile
+                _pass_over(path, error)
             continue
         if state.keys() >= {"loops", "global_step"}:
-            found.append((written, state["global_step"], path.name == "last.ckpt", path))
-    for *_, path in sorted(found, reverse=True):
+            found.append(_Found(path, written, state["global_step"]))
+    while found:
+        best = _best(found)
         try:
-            _check_sums(path)
+            _check_sums(best.path)
         except (OSError, ValueError) as error:
-            _pass_over(path, error)
+            _pass_over(best.path, error)
+            found.remove(best)
         else:
-            return path
+            return best.path
     return None
 
 
-def name_and_step(path: str | Path | None) -> str:
-    """Return what tells a run's checkpoint from another one on any machine: its name and, of a local one, its step.
+def _best(found: list[_Found]) -> _Found:
+    places = {"last.ckpt": 0, "previous.ckpt": 1}
+    first = min(found, key=lambda one: (places.get(one.path.name, 2), -one.written, -one.step))
+    newer = [one for one in found if one.written > first.written and one.step > first.step]
+    return max(newer, key=lambda one: one.step, default=first)
 
-    Raises:
-        ValueError: If it is damaged.
-    """
+
+def name_and_step(path: str | Path | None) -> str:
+    """Return what tells a run's checkpoint from another one on any machine: its name and, where it can be read here, its step."""
     if path is None:
         return "none"
     local = Path(path)
-    step = f" of step {_state(local).get('global_step')}" if local.exists() else ""
-    return local.name + step
+    try:
+        return f"{local.name} of step {_state(local)['global_step']}"
+    except (OSError, ValueError, KeyError):  # at an address, or of a strategy that writes folders of its own
+        return local.name
 
 
 def _state(path: Path) -> dict[str, Any]:

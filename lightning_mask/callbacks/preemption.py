@@ -1,7 +1,7 @@
 """Preemption: a signal asks for the end; all ranks stop after the same step, with a checkpoint, and the job is requeued."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,9 @@ class Preemption(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at what the ranks handed in at the step before, and hand in anew."""
+        if not self._stepped and self.path is not None and trainer.is_global_zero:
+            with suppress(OSError):
+                self._tries(self.path).unlink(missing_ok=True)
         self._stepped = True
         if is_settled(trainer) and not _ends(trainer) and not validation_follows(trainer):
             self._stop_if(trainer, self._known_since_last(trainer))
@@ -150,19 +153,24 @@ class Preemption(Checkpoint):
 
     def _why_not(self) -> str:
         """Why the job is not to start once more, in words; empty where it is. Counts the tries that came to no step."""
-        if self.path is None:
+        if self.path is None or self._stepped:
             return ""
-        counted = self.path.with_name("tries_without_a_step.txt")
-        if self._stepped:
+        counted = self._tries(self.path)
+        with suppress(OSError, ValueError):  # a full disk, or a count that was cut off, is no reason not to start again
+            tries = 1 + (int(counted.read_text(encoding="utf-8")) if counted.exists() else 0)
             counted.unlink(missing_ok=True)
-            return ""
-        tries = 1 + (int(counted.read_text(encoding="utf-8")) if counted.exists() else 0)
-        if tries == _TRIES:
-            counted.unlink()
-            return f"not requeued: {tries} tries in a row came to no step; give the job more time, or a criterion fewer batches"
-        with whole_file(counted) as temporary:
-            temporary.write_text(str(tries), encoding="utf-8")
+            if tries == _TRIES:
+                return (
+                    f"not requeued: {tries} tries in a row came to no step of training; give the job more time, or its "
+                    "criterion fewer batches"
+                )
+            with whole_file(counted) as temporary:
+                temporary.write_text(str(tries), encoding="utf-8")
         return ""
+
+    @staticmethod
+    def _tries(last: Path) -> Path:
+        return last.with_name("tries_without_a_step.txt")
 
     # Listening, in place of Lightning.
 

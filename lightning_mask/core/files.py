@@ -48,7 +48,7 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    mode = (path if path.exists() else temporary).stat().st_mode
+    mode = (path if path.is_dir() else temporary).stat().st_mode
     try:
         yield temporary
         temporary.chmod(stat.S_IMODE(mode))
@@ -70,7 +70,10 @@ def _to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk; Windows is left to itself."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    opened = os.open(path, os.O_RDONLY)
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # a link, or what may be written and not read
+        return
     try:
         os.fsync(opened)
     except OSError:

@@ -249,6 +249,11 @@ def test_a_run_that_starts_anew_in_a_used_folder_goes_on_from_its_own_checkpoint
     newest = newest_checkpoint(folder)
     assert newest is not None
     assert step_of(newest) == 1
+    train(config(*words, "trainer.max_steps=3"))
+    for file in ("last.ckpt", "previous.ckpt"):  # as a copy in another order may leave them
+        os.utime(folder / file)
+    assert newest_checkpoint(folder) == folder / "last.ckpt"
+    assert step_of(folder / "last.ckpt") == 3
 
 
 def launched(*words: str) -> "subprocess.Popen[str]":
