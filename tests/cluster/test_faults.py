@@ -225,6 +225,7 @@ def test_a_damaged_folder_of_shards_is_passed_over_for_the_one_before(tmp_path: 
     (shard,) = last.glob("*.distcp")
     good = {file: file.read_bytes() for file in (shard, last / "meta.pt", last / ".metadata")}
     places = [good[shard].index(weight.numpy().tobytes()) + 7 for weight in weights.values()]
+    places.append(good[shard].rindex(b"PK\1\2") + 8)  # a flag: that what follows is encrypted
     for file, content in good.items():
         at_places = places if file == shard else []
         bad = [content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :] for at in at_places]
