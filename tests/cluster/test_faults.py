@@ -224,11 +224,11 @@ def test_a_damaged_folder_of_shards_is_passed_over_for_the_one_before(tmp_path: 
     assert name_and_step(last) == "last.ckpt of step 4"
     (shard,) = last.glob("*.distcp")
     good = {file: file.read_bytes() for file in (shard, last / "meta.pt", last / ".metadata")}
-    places = [good[shard].index(weight.numpy().tobytes()) + 7 for weight in weights.values()]
-    places.append(good[shard].rindex(b"PK\1\2") + 8)  # a flag: that what follows is encrypted
+    places = [(good[shard].index(weight.numpy().tobytes()) + 7, 255) for weight in weights.values()]
+    places.append((good[shard].rindex(b"PK\1\2") + 8, 1))  # the flag that says that a part is encrypted
     for file, content in good.items():
         at_places = places if file == shard else []
-        bad = [content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :] for at in at_places]
+        bad = [content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :] for at, bits in at_places]
         for damaged in (*bad, content[: len(content) // 2], content[:-1], content[7:], b""):
             file.write_bytes(damaged)
             with pytest.warns(UserWarning, match=r"last\.ckpt cannot be gone on from and is passed over"):
