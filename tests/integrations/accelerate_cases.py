@@ -148,4 +148,4 @@ if __name__ == "__main__":
         accelerate_loop()
     else:
         trainer(Path(sys.argv[2]))
-    print("done", sys.argv[1])
+    print(f"done {sys.argv[1]}\n", end="", flush=True)  # in one write: the other process says it, too
