@@ -71,7 +71,8 @@ class Slots:
 
     def gather(self, dense: Tensor, fill: float = 0.0) -> Tensor:
         """Return the (size,) tensor of the active entries of ``dense``; ``fill`` stands where there is none."""
-        compact = torch.full((self.size,), fill, dtype=dense.dtype, device=dense.device)
+        compact = torch.empty((self.size,), dtype=dense.dtype, device=dense.device)
+        compact[self.body :] = fill
         return self.gather_(dense, compact)
 
     def gather_(self, dense: Tensor, compact: Tensor) -> Tensor:
