@@ -73,49 +73,70 @@ def _of_the_system(error: BaseException | None) -> OSError | None:
     return error
 
 
-def check_checkpoint(path: str | Path, model: LightningModule) -> None:
+def check_checkpoint(path: str | Path, model: LightningModule, option: str = "ckpt_path") -> None:
     """Refuse a file that a run with this model cannot go on from.
 
     Args:
         path: A file, or a folder that a strategy wrote, which is not looked into.
         model: A module that changes checkpoints when it reads them, or makes its layers late, is not compared.
+        option: The word that named it, for errors.
 
     Raises:
         ValueError: If it is damaged, no Lightning checkpoint, or of another model.
     """
     if Path(path).is_dir():
         return
-    there, here = read(path, "cpu", mmap=True)["state_dict"], model.state_dict()
+    there, here = read(path, "cpu", mmap=True, option=option)["state_dict"], model.state_dict()
     late = is_overridden("configure_model", model) and not isinstance(model, Task)
     if not model.strict_loading or late or is_overridden("on_load_checkpoint", model):
         return
     differing = next((n for n in [*here, *there] if _shape(there.get(n)) != _shape(here.get(n))), None)
     if differing is not None:
         raise ValueError(
-            f"ckpt_path={path} is of another model: {differing} is {_shape(there.get(differing))} there and "
+            f"{option}={path} is of another model: {differing} is {_shape(there.get(differing))} there and "
             f"{_shape(here.get(differing))} here. Give the model's options that it was made with."
         )
 
 
-def read(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
+def load_weights(path: str | Path, model: LightningModule, option: str = "ckpt_path") -> None:
+    """Load the weights of a checkpoint, and nothing else of it.
+
+    Args:
+        path: A file that a run with such a model wrote.
+        model: Loaded in place.
+        option: The word that named the file, for errors.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is a folder, damaged, no Lightning checkpoint, or of another model.
+    """
+    check_checkpoint(path, model, option)
+    there = read(path, "cpu", mmap=True, option=option)["state_dict"]
+    model.load_state_dict(there, strict=model.strict_loading)
+
+
+def read(path: str | Path, map_location: Any, mmap: bool | None = None, option: str = "ckpt_path") -> dict[str, Any]:
     """Return the content of a checkpoint of Lightning's.
 
     Args:
         path: The file.
         map_location: Device of its tensors.
         mmap: Whether they are read only when they are used.
+        option: The word that named it, for errors.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, holds objects, or is no checkpoint.
     """
-    content = read_plain(path, map_location, mmap)
+    content = read_plain(path, map_location, mmap, option)
     if "state_dict" not in content:
-        raise ValueError(f"ckpt_path={path} is not a checkpoint of Lightning's: it has no state_dict.")
+        raise ValueError(f"{option}={path} is not a checkpoint of Lightning's: it has no state_dict.")
     return content
 
 
-def read_plain(path: str | Path, map_location: Any, mmap: bool | None = None) -> dict[str, Any]:
+def read_plain(
+    path: str | Path, map_location: Any, mmap: bool | None = None, option: str = "ckpt_path"
+) -> dict[str, Any]:
     """The same of any file of tensors and plain values; one that is no mapping counts as empty."""
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
@@ -126,7 +147,7 @@ def read_plain(path: str | Path, map_location: Any, mmap: bool | None = None) ->
         what = (
             f"holds Python objects ({objects[1]}), which are not loaded" if objects else "is damaged, or no checkpoint"
         )
-        raise ValueError(f"ckpt_path={path} {what}: give another one.") from error
+        raise ValueError(f"{option}={path} {what}: give another one.") from error
     return dict(content) if isinstance(content, Mapping) else {}
 
 

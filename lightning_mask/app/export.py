@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_mask.app import launch
 from lightning_mask.app.chatter import quieten
-from lightning_mask.app.checkpoints import WholeFiles, check_checkpoint
+from lightning_mask.app.checkpoints import load_weights
 from lightning_mask.app.checks import check_complete
 from lightning_mask.app.parts import make_model
 from lightning_mask.app.summary import relative
@@ -158,13 +158,13 @@ def load_run(folder: str | Path, weights: str | None, examples: int) -> Run:
     checkpoint = _checkpoint(folder, weights, _prunes(cfg))
     with open_dict(cfg):
         OmegaConf.update(cfg, "paths.output_dir", str(folder.resolve()))
+        cfg.initial_checkpoint = None  # all weights come from the run's own
         if "pretrained" in cfg.model:
-            cfg.model.pretrained = False  # all weights come from the checkpoint
+            cfg.model.pretrained = False
     seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model = make_model(cfg, data)
-    check_checkpoint(checkpoint, model)
-    model.load_state_dict(WholeFiles().load_checkpoint(checkpoint)["state_dict"])
+    load_weights(checkpoint, model)
     _check_masks(folder, checkpoint, model)
     net = _network(model)
     return Run(cfg, model, net, data, _inputs(model, net, data, examples), checkpoint)

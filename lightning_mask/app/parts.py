@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
 
-from lightning_mask.app.checkpoints import WholeFiles
+from lightning_mask.app.checkpoints import WholeFiles, load_weights
 
 # Which data our tasks read, and what to choose where a model was given other data.
 _READS = {
@@ -30,7 +30,7 @@ _FITTING = {
 
 
 def make_model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
-    """Make the model; what it leaves open about the classes comes from the data."""
+    """Make the model, as training starts from it; what it leaves open about the classes comes from the data."""
     of_model, of_data = (str(block.get("_target_", "")).rpartition(".")[2] for block in (cfg.model, cfg.data))
     if of_data in _FITTING and _READS.get(of_model, of_data) != of_data:
         raise ValueError(f"{of_model} does not go with {of_data}: choose {_FITTING[of_data]}, or other data.")
@@ -53,6 +53,8 @@ def make_model(cfg: DictConfig, data: LightningDataModule) -> LightningModule:
     length, longest = cfg.data.get("max_length"), getattr(made, "max_length", None)
     if length is not None and longest is not None and length > longest:
         raise ValueError(f"data.max_length={length}, but model.model={cfg.model.get('model')} has {longest} positions.")
+    if cfg.get("initial_checkpoint") is not None:
+        load_weights(cfg.initial_checkpoint, made, "initial_checkpoint")
     return made
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from lightning_mask.app import launch
 from lightning_mask.app.chatter import quieten
-from lightning_mask.app.checkpoints import WholeFiles, check_checkpoint
+from lightning_mask.app.checkpoints import load_weights
 from lightning_mask.app.checks import check_complete, check_types
 from lightning_mask.app.parts import make_model, make_trainer
 from lightning_mask.app.summary import relative, summarise, write_json
@@ -59,9 +59,7 @@ def prune(cfg: DictConfig) -> dict[str, float]:
     data: LightningDataModule = instantiate(cfg.data)
     model = make_model(cfg, data)
     if cfg.ckpt_path is not None:
-        check_checkpoint(cfg.ckpt_path, model)
-        there = WholeFiles().load_checkpoint(cfg.ckpt_path)["state_dict"]
-        model.load_state_dict(there, strict=model.strict_loading)
+        load_weights(cfg.ckpt_path, model)
     trainer = make_trainer(cfg, [])
     if trainer.world_size > 1:
         raise ValueError(

@@ -47,7 +47,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         ValueError: If a value of the config is out of range, or parts do not go together.
-        FileNotFoundError: If ``ckpt_path`` or a file of the data is missing.
+        FileNotFoundError: If ``ckpt_path``, ``initial_checkpoint`` or a file of the data is missing.
         FileExistsError: If another run is at work in the folder.
     """
     started = time.time()
@@ -186,6 +186,9 @@ def _check(cfg: DictConfig) -> None:
         raise FileNotFoundError(
             f"There is no checkpoint ckpt_path={cfg.ckpt_path}: give an existing one, or ckpt_path=auto."
         )
+    initial = cfg.get("initial_checkpoint")
+    if initial is not None and not Path(initial).is_file():
+        raise FileNotFoundError(f"There is no file initial_checkpoint={initial}: give the checkpoint of another run.")
 
 
 def _is_auto(block: Any) -> bool:

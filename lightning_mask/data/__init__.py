@@ -3,7 +3,7 @@
 What a data module needs beyond Lightning (transformers, datasets, the packages that carry data) is imported when it is used.
 """
 
-from lightning_mask.data.images import ImageData, ImageSplits, folder, mnist5k
+from lightning_mask.data.images import ImageData, ImageSplits, folder, mnist5k, shifted
 from lightning_mask.data.language import LanguageData
 from lightning_mask.data.loading import ResumableLoader, eval_loader, train_loader
 from lightning_mask.data.sources import debates, hub, reviews, table, tweets
@@ -24,6 +24,7 @@ __all__ = [
     "hub",
     "mnist5k",
     "reviews",
+    "shifted",
     "table",
     "train_loader",
     "tweets",

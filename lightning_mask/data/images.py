@@ -2,7 +2,7 @@
 
 import gzip
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,31 @@ def mnist5k(validation: float = 0.1, test: float = 0.1, split_seed: int = 0) -> 
     images = torch.from_numpy(table[:, :-1].astype(np.uint8)).view(-1, 1, 28, 28)
     labels = torch.from_numpy(table[:, -1].astype(np.int64))
     return _split(images, labels, [str(digit) for digit in range(10)], validation, test, split_seed)
+
+
+def shifted(
+    source: Callable[[], ImageSplits] = mnist5k, noise: float = 0.0, rotate_labels: int = 0, seed: int = 0
+) -> ImageSplits:
+    """Return the images of another source under a shift of the input, of the output, or of both; all three sets alike.
+
+    Args:
+        source: Called without arguments, returns the images.
+        noise: Standard deviation of Gaussian noise that every pixel gets, as a share of white (255); results are rounded and
+            stay in [0, 255]. The noise of corrupted benchmarks (Hendrycks and Dietterich 2019, arXiv:1903.12261).
+        rotate_labels: Class k of n becomes class (k + rotate_labels) mod n.
+        seed: Seed of the noise, apart from the run's seed.
+
+    Raises:
+        ValueError: If ``noise`` is negative.
+    """
+    if noise < 0:
+        raise ValueError(f"noise must be at least 0, got {noise}.")
+    splits = source()
+    images = splits.images
+    if noise:
+        drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        images = (images + drawn * noise * 255).round().clamp(0, 255).to(torch.uint8)
+    return replace(splits, images=images, labels=(splits.labels + rotate_labels) % len(splits.class_names))
 
 
 def folder(
@@ -130,7 +155,8 @@ class ImageData(SplitData):
     int64 [batch].
 
     Args:
-        source: Called without arguments, returns the images: a partial of :func:`mnist5k`, :func:`folder`, or your own function.
+        source: Called without arguments, returns the images: a partial of :func:`mnist5k`, :func:`folder`,
+            :func:`shifted`, or your own function.
         batch_size: Training batch size of one rank.
         eval_batch_size: Batch size of one rank for validation and test.
         num_workers: Worker processes of each loader.

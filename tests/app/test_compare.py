@@ -173,7 +173,9 @@ def test_what_cannot_be_compared_is_refused(config: Config) -> None:
             check(cfg)
 
 
-@pytest.mark.parametrize("experiment", ["compare_text", "compare_image", "compare_pruning", "compare_smoke"])
+@pytest.mark.parametrize(
+    "experiment", ["compare_text", "compare_image", "compare_pruning", "compare_shifts", "compare_smoke"]
+)
 def test_every_cell_of_an_experiment_composes(experiment: str, config: Config, tmp_path: Path) -> None:
     cfg = config(experiment=experiment)
     check(cfg)

@@ -37,6 +37,7 @@ CASES = [
     (["data=reviews_lm"], ["TextClassifier does not go with LanguageData", "model=smollm2"]),
     (["experiment=smollm2_reviews", "data.prompt=What?"], ["prompt must have {text} in it"]),
     (["ckpt_path=/no/such.ckpt"], ["/no/such.ckpt", "ckpt_path=auto"]),
+    (["initial_checkpoint=/no/such.ckpt"], ["There is no file initial_checkpoint=/no/such.ckpt"]),
     (["train=false"], ["ckpt_path="]),
     (
         ["model.pretrained=false", "data=csv", "data.source.path=rows.csv", "data.max_length=1024"],

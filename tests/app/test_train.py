@@ -117,6 +117,23 @@ def test_a_run_with_a_schedule_goes_on_in_the_middle_of_an_epoch(config: Config,
     assert whole["val/loss"] == resumed["val/loss"]
 
 
+def test_another_run_s_weights_are_a_start(config: Config, tmp_path: Path) -> None:
+    before = tmp_path / "run/checkpoints/last.ckpt"
+    train(config(*TINY, "test=false"))
+    words = ["mask=head", "trainer.max_steps=2", f"initial_checkpoint={before}", f"paths.output_dir={tmp_path / 'on'}"]
+    cfg = config(*TINY, *words)
+    train(cfg)
+    old, new = (torch.load(f, weights_only=True) for f in (before, tmp_path / "on/checkpoints/last.ckpt"))
+    assert new["global_step"] == 2, "the other run's four steps are not taken along"
+    held = {n for n in new["state_dict"] if n.startswith("net.") and not n.startswith("net.classifier")}
+    assert all(torch.equal(new["state_dict"][name], old["state_dict"][name]) for name in held)
+    assert not torch.equal(new["state_dict"]["net.classifier.weight"], old["state_dict"]["net.classifier.weight"])
+    assert summary_of(cfg)["mask"]["held_changed"] == 0
+
+    with pytest.raises(ValueError, match=r"initial_checkpoint=.*last.ckpt is of another model: net.stem.0.weight"):
+        train(config(*TINY, "model.width=8", *words))
+
+
 def test_a_run_shorter_than_the_interval_is_validated_at_its_end(config: Config) -> None:
     cfg = config(*TINY, "trainer.val_check_interval=150", "trainer.accumulate_grad_batches=2", "data.batch_size=32")
     assert "val/accuracy" in train(cfg)

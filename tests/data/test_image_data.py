@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mask.data import ImageData, folder, mnist5k
+from lightning_mask.data import ImageData, folder, mnist5k, shifted
 
 
 def test_digits() -> None:
@@ -30,6 +30,25 @@ def test_no_digit_is_trained_on_and_tested_on() -> None:
     assert splits.test == mnist5k().test
     assert not set(splits.train) & set(splits.test)
     assert sorted(splits.train + splits.validation + splits.test) == list(range(5000))
+
+
+def test_shifts_of_input_and_output() -> None:
+    plain = mnist5k()
+    noisy = shifted(noise=0.2)
+    added = noisy.images.float() - plain.images.float()
+    inside = (plain.images > 100) & (plain.images < 156)  # where hardly any noise is cut off
+    assert abs(float(added[inside].std()) / (0.2 * 255) - 1) < 0.02
+    assert torch.equal(noisy.images, shifted(noise=0.2).images)
+    assert not torch.equal(noisy.images, shifted(noise=0.2, seed=1).images)
+    assert torch.equal(noisy.labels, plain.labels)
+    assert noisy.test == plain.test
+
+    rotated = shifted(partial(mnist5k, test=0.2), rotate_labels=3)
+    assert torch.equal(rotated.images, plain.images)
+    assert torch.equal(rotated.labels, (plain.labels + 3) % 10)
+    assert len(rotated.test) == 1000
+    with pytest.raises(ValueError, match="noise must be at least 0"):
+        shifted(noise=-0.1)
 
 
 def make_folder(root: Path) -> str:
