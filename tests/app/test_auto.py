@@ -106,7 +106,8 @@ def test_the_choice_follows_from_the_trials_and_they_see_training_data_alone(
     record = record_of(cfg)
     choice = record["choice"]
 
-    # The trials: all settings, then the better half of those before with twice the steps, until one would be left.
+    # The trials: all settings, then the better half of those before with twice the steps, until one would be left; after
+    # the first ones, the best of each strategy is among them.
     rungs = record["rungs"]
     assert [rung["steps"] for rung in rungs] == [3, 6, 12]
     assert {key(row) for row in rungs[0]["trials"]} == {
@@ -116,7 +117,11 @@ def test_the_choice_follows_from_the_trials_and_they_see_training_data_alone(
     }
     for before, after in pairwise(rungs):
         ranked = sorted(before["trials"], key=lambda row: (row["score"], row["entries"]))
-        assert {key(row) for row in after["trials"]} == {key(row) for row in ranked[: math.ceil(len(ranked) / 2)]}
+        half = math.ceil(len(ranked) / 2)
+        if before is rungs[0]:
+            each = [next(row for row in ranked if row["strategy"] == name) for name in ("fisher", "rows", "head")]
+            ranked = [*each, *(row for row in ranked if row not in each)]
+        assert {key(row) for row in after["trials"]} == {key(row) for row in ranked[:half]}
     assert sum(len(rung["trials"]) for rung in rungs) == witness.trials == 10 + 5 + 3
     counted = {("head", None): HEAD, ("fisher", 0.01): HEAD + 50, ("fisher", 0.1): HEAD + 497}
     for row in (row for rung in rungs for row in rung["trials"]):
@@ -139,7 +144,7 @@ def test_the_choice_follows_from_the_trials_and_they_see_training_data_alone(
         d = losses[key(row)] - losses[key(best)]
         assert row["standard_error"] == pytest.approx(float(d.std() / len(d) ** 0.5), rel=1e-4)
         like += [row] if row["difference"] <= row["standard_error"] else []
-    assert key(choice) == key(min(like, key=lambda row: row["entries"]))
+    assert key(choice) == key(best)
     assert ("no difference seen" in choice["reason"]) == (len(like) > 1)
 
     # What they saw.
@@ -362,7 +367,7 @@ def outcome(
 
 
 class Clock:
-    """A time that passes as trials say, and what ran."""
+    """A time that passes as trials say, and what ran: settings of one strategy, known by their rate."""
 
     def __init__(self, scores: dict[str, float | None], per_step: float) -> None:
         self.now, self.ran = 0.0, list[tuple[str, int]]()
@@ -373,22 +378,22 @@ class Clock:
 
     def run(self, setting: Setting, steps: int) -> Outcome:
         self.now += steps * self.per_step
-        self.ran.append((setting.strategy, steps))
-        made = outcome(setting.strategy, self.scores[setting.strategy], steps=steps, seconds=steps * self.per_step)
-        made.seconds_per_step = self.per_step
-        return made
+        name = list(self.scores)[int(setting.lr or 0)]
+        self.ran.append((name, steps))
+        made = outcome(name, self.scores[name], steps=steps, seconds=steps * self.per_step)
+        return dataclasses.replace(made, setting=setting, seconds_per_step=self.per_step)
 
 
 def test_halving_keeps_to_its_minutes() -> None:
     scores: dict[str, float | None] = {"a": 3.0, "b": None, "c": 1.0, "d": 2.0, "e": 4.0, "f": 0.5}
-    settings = [Setting(name, None, None, 1, {}) for name in scores]
+    settings = [Setting("one", None, float(place), 1, {}) for place in range(6)]
 
     def rungs(per_step: float, longest: int | None = None, eta: int = 2) -> tuple[list[tuple[str, int]], list[str]]:
         clock = Clock(scores, per_step)
         _, untried = halve(
             settings, clock.run, steps=1, eta=eta, mode="min", minutes=1.0, longest=longest, passed=clock.passed
         )
-        return clock.ran, [s.strategy for s in untried]
+        return clock.ran, [list(scores)[int(s.lr or 0)] for s in untried]
 
     first = [(name, 1) for name in scores]
     assert rungs(0.1) == ([*first, ("f", 2), ("c", 2), ("d", 2), ("f", 4), ("c", 4)], [])
@@ -401,8 +406,29 @@ def test_halving_keeps_to_its_minutes() -> None:
     ):
         rungs(31.0)
     scores.update(dict.fromkeys(scores))
-    with pytest.raises(ValueError, match=r"no candidate could be trained \(a: broke; b: broke"):
+    with pytest.raises(ValueError, match=r"no candidate could be trained \(one at lr 0: broke; one at lr 1: broke"):
         rungs(0.1)
+
+
+def test_a_strategy_that_begins_slowly_is_not_dropped_after_the_first_round() -> None:
+    """After two steps the head is ahead at every rate; after eight, training everything is."""
+    settings = [Setting(name, None, lr, 1, {}) for lr in (1.0, 2.0, 3.0) for name in ("head", "none", "bitfit")]
+    slow = {"head": 1.0, "none": 6.0, "bitfit": 3.0}
+
+    def rungs(longest: int) -> list[list[str]]:
+        def run(setting: Setting, steps: int) -> Outcome:
+            score = slow[setting.strategy] - (setting.lr or 0) / 10 - (steps if setting.strategy == "none" else 0)
+            return dataclasses.replace(outcome(setting.strategy, score, steps=steps), setting=setting)
+
+        made, untried = halve(
+            settings, run, steps=2, eta=3, mode="min", minutes=9.0, longest=longest, passed=lambda: 0.0
+        )
+        assert not untried
+        return [[f"{o.steps}: {o.setting.name}" for o in rung] for rung in made[1:]]
+
+    second = ["6: head at lr 3", "6: bitfit at lr 3", "6: none at lr 3"]
+    assert rungs(100) == [second], "of three, the best third is one, which nothing could be compared with"
+    assert rungs(8) == [[name.replace("6", "8") for name in second]], "six steps would be nearly the whole run"
 
 
 def test_a_rate_at_the_end_of_those_tried_is_followed_further() -> None:
@@ -494,7 +520,8 @@ def test_ranks_of_torchrun_take_the_choice_of_the_first(tmp_path: Path) -> None:
     summary, record = (json.loads(path.read_text()) for path in (file.parent / "summary.json", file))
     assert summary["world_size"] == 2
     assert summary["auto"]["strategy"] == record["choice"]["strategy"]
-    (rung,) = record["rungs"]
-    rates = [row["lr"] for row in rung["trials"]]
+    first, last = record["rungs"]
+    assert [row["lr"] for row in first["trials"]] == [0.003, 0.003]
+    rates = [row["lr"] for row in last["trials"]]
     assert sorted(rates) == [0.003, 0.003, 0.009], "of the better one, which had the largest rate, a larger one"
     assert run.stdout.count("mask=auto chose") == 1

@@ -2,7 +2,9 @@
 
 * Halving: all settings train for ``steps``; the best 1 / ``eta`` of them start again with ``eta`` times as many, and so on
   until one is left (Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016,
-  algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018).
+  algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018). The first round decides between the
+  densities and rates of a strategy alone, and the best of every strategy goes on: what trains little is ahead after a few
+  steps and behind after many, and halving is wrong about curves that cross (Li et al. 2018, on many settings against long runs).
 * Widening: where the best of the last round has the largest or the smallest rate of all that its strategy was tried at, it
   runs at the next one, too.
 * The choice: the best of the last round that two or more ran. What lies within one standard error of it, by the error of the
@@ -92,7 +94,8 @@ def halve(
         settings: What to try, the more promising first.
         run: Trains one for a number of steps.
         steps: Of the first rung.
-        eta: The best 1 / eta of a rung go on, for eta times as many steps.
+        eta: The best 1 / eta of a rung go on, for eta times as many steps, or for the whole run's if that is less than half
+            as many again; after the first rung at least one setting of every strategy.
         mode: Which score is better: "min" or "max".
         minutes: Time for all.
         longest: Steps of the whole run, which no trial exceeds; None: not known.
@@ -122,9 +125,11 @@ def halve(
         if not ranked:
             reasons = "; ".join(f"{o.setting.name}: {o.error}" for o in rungs[-1][:3])
             raise ValueError(f"mask=auto: no candidate could be trained ({reasons}).")
-        more = min(steps * eta, longest or steps * eta)
+        more = steps * eta
+        if longest is not None and more * 3 > longest * 2:
+            more = longest
         kept, estimate = [], passed()
-        for outcome in ranked[: -(-len(ranked) // eta)]:
+        for outcome in _that_go_on(ranked, eta, first=len(rungs) == 1):
             estimate += outcome.seconds + (more - steps) * outcome.seconds_per_step
             if estimate <= limit:
                 kept.append(outcome.setting)
@@ -134,6 +139,17 @@ def halve(
         rungs.append([run(setting, steps) for setting in kept])
         if not rank(rungs[-1], mode):
             return rungs, untried
+
+
+def _that_go_on(ranked: Sequence[Outcome], eta: int, first: bool) -> list[Outcome]:
+    """The best 1 / eta; after the first rung the best of each strategy, and then others, up to that number."""
+    count = -(-len(ranked) // eta)
+    if not first:
+        return list(ranked[:count])
+    best = {o.setting.strategy: o for o in reversed(ranked)}
+    own = [o for o in ranked if o is best[o.setting.strategy]]
+    others = [o for o in ranked if o is not best[o.setting.strategy]]
+    return own + others[: max(count - len(own), 0)]
 
 
 def widen(
