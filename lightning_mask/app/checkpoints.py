@@ -98,13 +98,16 @@ def check_checkpoint(path: str | Path, model: LightningModule, option: str = "ck
         )
 
 
-def load_weights(path: str | Path, model: LightningModule, option: str = "ckpt_path") -> None:
+def load_weights(
+    path: str | Path, model: LightningModule, option: str = "ckpt_path", strict: bool | None = None
+) -> None:
     """Load the weights of a checkpoint, and nothing else of it.
 
     Args:
         path: A file that a run with such a model wrote.
         model: Loaded in place.
         option: The word that named the file, for errors.
+        strict: Whether it must have every tensor of the model, and no other; None: as the model says (``strict_loading``).
 
     Raises:
         FileNotFoundError: If there is none.
@@ -112,7 +115,12 @@ def load_weights(path: str | Path, model: LightningModule, option: str = "ckpt_p
     """
     check_checkpoint(path, model, option)
     there = read(path, "cpu", mmap=True, option=option)["state_dict"]
-    model.load_state_dict(there, strict=model.strict_loading)
+    if not there.keys() & model.state_dict().keys():
+        raise ValueError(f"{option}={path} is of another model: it has no tensor of this one.")
+    try:
+        model.load_state_dict(there, strict=model.strict_loading if strict is None else strict)
+    except RuntimeError as error:
+        raise ValueError(f"{option}={path} is of another model: {' '.join(str(error).split())}") from error
 
 
 def read(path: str | Path, map_location: Any, mmap: bool | None = None, option: str = "ckpt_path") -> dict[str, Any]:

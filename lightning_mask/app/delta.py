@@ -69,15 +69,15 @@ class RunDelta:
         if not self._due or (not self._always and facts.get("density", 0.0) > 0.5):
             return
         path = Path(self._cfg.paths.output_dir) / FILE
-        with isolate_rng():
-            seed_everything(self._cfg.seed, workers=True, verbose=False)
-            base = build()
         tested = {name: value for name, value in metrics.items() if name.startswith("test/")}
         try:
+            with isolate_rng():
+                seed_everything(self._cfg.seed, workers=True, verbose=False)
+                base = build()
             if content_hash(base) != self._base:
-                raise ValueError("the model is not the same when it is made twice with one seed")
+                raise ValueError("the model is not the same when it is made twice with one seed and the same files")
             save_delta(path, base, tuned, self._mask_set(), recipe=self._recipe(), metrics=tested or metrics)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:  # initial_checkpoint may be gone or another by now
             rank_zero_info(f"no {FILE}: {error}")
             return
         made = inspect(path)

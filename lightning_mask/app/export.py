@@ -164,7 +164,7 @@ def load_run(folder: str | Path, weights: str | None, examples: int) -> Run:
     seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model = make_model(cfg, data)
-    load_weights(checkpoint, model)
+    load_weights(checkpoint, model, "weights", strict=True)
     _check_masks(folder, checkpoint, model)
     net = _network(model)
     return Run(cfg, model, net, data, _inputs(model, net, data, examples), checkpoint)

@@ -53,6 +53,7 @@ def summarise(
         "world_size": len(hosts),
         "hosts": dict(Counter(hosts)),
         "examples_per_second": examples_per_second,
+        "initial_checkpoint": cfg.get("initial_checkpoint"),
         "ckpt_path": cfg.ckpt_path,
         "versions": {
             "lightning_mask": lightning_mask.__version__,

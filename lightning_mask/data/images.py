@@ -68,8 +68,10 @@ def shifted(
         seed: Seed of the noise, apart from the run's seed.
 
     Raises:
-        ValueError: If ``noise`` is negative.
+        ValueError: If ``noise`` is negative, or ``rotate_labels`` no whole number.
     """
+    if not isinstance(rotate_labels, int):
+        raise ValueError(f"rotate_labels must be a whole number, got {rotate_labels!r}.")
     if noise < 0:
         raise ValueError(f"noise must be at least 0, got {noise}.")
     splits = source()

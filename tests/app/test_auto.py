@@ -415,13 +415,14 @@ def test_a_strategy_that_begins_slowly_is_not_dropped_after_the_first_round() ->
     settings = [Setting(name, None, lr, 1, {}) for lr in (1.0, 2.0, 3.0) for name in ("head", "none", "bitfit")]
     slow = {"head": 1.0, "none": 6.0, "bitfit": 3.0}
 
-    def rungs(longest: int) -> list[list[str]]:
+    def rungs(longest: int, minutes: float = 9.0) -> list[list[str]]:
         def run(setting: Setting, steps: int) -> Outcome:
             score = slow[setting.strategy] - (setting.lr or 0) / 10 - (steps if setting.strategy == "none" else 0)
-            return dataclasses.replace(outcome(setting.strategy, score, steps=steps), setting=setting)
+            made = outcome(setting.strategy, score, steps=steps, seconds=0.1)
+            return dataclasses.replace(made, setting=setting, seconds_per_step=0.25)
 
         made, untried = halve(
-            settings, run, steps=2, eta=3, mode="min", minutes=9.0, longest=longest, passed=lambda: 0.0
+            settings, run, steps=2, eta=3, mode="min", minutes=minutes, longest=longest, passed=lambda: 0.0
         )
         assert not untried
         return [[f"{o.steps}: {o.setting.name}" for o in rung] for rung in made[1:]]
@@ -429,6 +430,7 @@ def test_a_strategy_that_begins_slowly_is_not_dropped_after_the_first_round() ->
     second = ["6: head at lr 3", "6: bitfit at lr 3", "6: none at lr 3"]
     assert rungs(100) == [second], "of three, the best third is one, which nothing could be compared with"
     assert rungs(8) == [[name.replace("6", "8") for name in second]], "six steps would be nearly the whole run"
+    assert rungs(8, minutes=0.06) == [second], "there is no time for all at the whole length"
 
 
 def test_a_rate_at_the_end_of_those_tried_is_followed_further() -> None:

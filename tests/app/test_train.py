@@ -120,7 +120,13 @@ def test_a_run_with_a_schedule_goes_on_in_the_middle_of_an_epoch(config: Config,
 def test_another_run_s_weights_are_a_start(config: Config, tmp_path: Path) -> None:
     before = tmp_path / "run/checkpoints/last.ckpt"
     train(config(*TINY, "test=false"))
-    words = ["mask=head", "trainer.max_steps=2", f"initial_checkpoint={before}", f"paths.output_dir={tmp_path / 'on'}"]
+    words = [
+        "seed=7",
+        "mask=head",
+        "trainer.max_steps=2",
+        f"initial_checkpoint={before}",
+        f"paths.output_dir={tmp_path / 'on'}",
+    ]
     cfg = config(*TINY, *words)
     train(cfg)
     old, new = (torch.load(f, weights_only=True) for f in (before, tmp_path / "on/checkpoints/last.ckpt"))

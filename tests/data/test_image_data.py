@@ -49,6 +49,8 @@ def test_shifts_of_input_and_output() -> None:
     assert len(rotated.test) == 1000
     with pytest.raises(ValueError, match="noise must be at least 0"):
         shifted(noise=-0.1)
+    with pytest.raises(ValueError, match="rotate_labels must be a whole number"):
+        shifted(rotate_labels=1.0)  # type: ignore[arg-type]
 
 
 def make_folder(root: Path) -> str:

@@ -2,8 +2,8 @@
 
 * Halving: all settings train for ``steps``; the best 1 / ``eta`` of them start again with ``eta`` times as many, and so on
   until one is left (Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016,
-  algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018). The first round decides between the
-  densities and rates of a strategy alone, and the best of every strategy goes on: what trains little is ahead after a few
+  algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018). After the first round the best of every
+  strategy goes on before any second best, as far as there is time: what trains little is ahead after a few
   steps and behind after many, and halving is wrong about curves that cross (Li et al. 2018, on many settings against long runs).
 * Widening: where the best of the last round has the largest or the smallest rate of all that its strategy was tried at, it
   runs at the next one, too.
@@ -95,7 +95,7 @@ def halve(
         run: Trains one for a number of steps.
         steps: Of the first rung.
         eta: The best 1 / eta of a rung go on, for eta times as many steps, or for the whole run's if that is less than half
-            as many again; after the first rung at least one setting of every strategy.
+            as many again; after the first rung at least one setting of every strategy, as far as there is time.
         mode: Which score is better: "min" or "max".
         minutes: Time for all.
         longest: Steps of the whole run, which no trial exceeds; None: not known.
@@ -125,20 +125,28 @@ def halve(
         if not ranked:
             reasons = "; ".join(f"{o.setting.name}: {o.error}" for o in rungs[-1][:3])
             raise ValueError(f"mask=auto: no candidate could be trained ({reasons}).")
-        more = steps * eta
-        if longest is not None and more * 3 > longest * 2:
-            more = longest
-        kept, estimate = [], passed()
-        for outcome in _that_go_on(ranked, eta, first=len(rungs) == 1):
-            estimate += outcome.seconds + (more - steps) * outcome.seconds_per_step
-            if estimate <= limit:
-                kept.append(outcome.setting)
+        going, kept = _that_go_on(ranked, eta, first=len(rungs) == 1), []
+        for more in _lengths(steps * eta, longest):
+            kept, estimate = [], passed()
+            for outcome in going:
+                estimate += outcome.seconds + (more - steps) * outcome.seconds_per_step
+                if estimate <= limit:
+                    kept.append(outcome.setting)
+            if len(kept) == len(going):
+                break
         if len(kept) < 2 or more == steps:
             return rungs, untried
         steps = more
         rungs.append([run(setting, steps) for setting in kept])
         if not rank(rungs[-1], mode):
             return rungs, untried
+
+
+def _lengths(steps: int, longest: int | None) -> list[int]:
+    """How long the next rung may be: the whole run if that is less than half as many again and there is time, else ``steps``."""
+    if longest is None:
+        return [steps]
+    return [longest, min(steps, longest)] if steps * 3 > longest * 2 else [steps]
 
 
 def _that_go_on(ranked: Sequence[Outcome], eta: int, first: bool) -> list[Outcome]:
