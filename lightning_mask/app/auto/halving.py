@@ -125,7 +125,8 @@ def halve(
         if not ranked:
             reasons = "; ".join(f"{o.setting.name}: {o.error}" for o in rungs[-1][:3])
             raise ValueError(f"mask=auto: no candidate could be trained ({reasons}).")
-        going, kept = _that_go_on(ranked, eta, first=len(rungs) == 1), []
+        going = _that_go_on(ranked, eta, first=len(rungs) == 1)
+        kept: list[Setting] = []
         for more in _lengths(steps * eta, longest):
             kept, estimate = [], passed()
             for outcome in going:
