@@ -84,7 +84,10 @@ def test_checkpoints_load_without_unpickling_and_resume(config: Config) -> None:
     assert {"metrics.csv", "metrics.1.csv"} <= {f.name for f in checkpoints.parent.iterdir()}
 
     tested = config(*TINY, "train=false", f"ckpt_path={checkpoints / 'last.ckpt'}")
+    page = checkpoints.parent / "report.html"
+    page.unlink()
     assert set(train(tested)) == {"test/loss", "test/accuracy", "test/macro_f1"}
+    assert page.exists(), "there are no steps to draw, which is no reason for no page"
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: Config, tmp_path: Path) -> None:

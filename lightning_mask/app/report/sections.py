@@ -74,13 +74,14 @@ def _difference(change: Change) -> Markup | None:
 
 def course(run: Run) -> Markup | None:
     """Return what went on over the steps: phases, losses, rates, sparsity, and whatever else was logged."""
-    if not run.figures and not run.phases:
+    figures = {name: points for name, points in run.figures.items() if points}
+    if not figures and not run.phases:
         return None
     groups: dict[str, dict[str, Points]] = {}
-    for name, points in run.figures.items():
+    for name, points in figures.items():
         groups.setdefault(_place(name, points), {})[name] = points
     elsewhere = groups.pop("", {})
-    if "train/loss" not in run.figures and "train/loss_epoch" in elsewhere:
+    if "train/loss" not in figures and "train/loss_epoch" in elsewhere:
         groups.setdefault("loss", {})["train/loss_epoch"] = elsewhere["train/loss_epoch"]
     if run.sparsity.get(""):
         groups["sparsity"] = {"zeros in scope": [(0, 0.0), *run.sparsity[""], (run.steps, run.sparsity[""][-1][1])]}
