@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -105,3 +105,27 @@ def test_the_delta_of_minilm_goes_onto_its_published_folder(config: Config, tmp_
     revert(tmp_path / "tuned", delta, tmp_path / "back", base=minilm)
     assert content_hash(tmp_path / "back") == content_hash(minilm)
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((minilm / "config.json").read_text())
+
+
+class Removes(Callback):
+    """Removes a file when training ends."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_end(self, *_: object) -> None:
+        self.path.unlink()
+
+
+def test_a_start_that_is_gone_by_the_end_costs_the_delta_alone(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    train(config(*TINY, "trainer.max_steps=1", "test=false"))
+    start = (tmp_path / "run/checkpoints/last.ckpt").rename(tmp_path / "start.ckpt")
+    words = ["mask=head", "trainer.max_steps=1", f"initial_checkpoint={start}", f"paths.output_dir={tmp_path / 'on'}"]
+    words += [f"+callbacks.removes._target_={__name__}.Removes", f"+callbacks.removes.path={start}"]
+    with caplog.at_level("INFO"):
+        assert "test/accuracy" in train(config(*TINY, *words))
+    assert {"summary.json", "report.html"} <= {file.name for file in (tmp_path / "on").iterdir()}
+    assert not (tmp_path / "on/delta.safetensors").exists()
+    assert "no delta.safetensors: " in caplog.text

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import DictConfig
 from safetensors import safe_open
 
 from lightning_mask import MaskSet
+from lightning_mask.app.checkpoints import load_weights
 from lightning_mask.app.train import train
 from lightning_mask.tasks import ImageClassifier
 from tests.app.conftest import TINY
@@ -141,6 +143,20 @@ def test_another_run_s_weights_are_a_start(config: Config, tmp_path: Path) -> No
 
     with pytest.raises(ValueError, match=r"initial_checkpoint=.*last.ckpt is of another model: net.stem.0.weight"):
         train(config(*TINY, "model.width=8", *words))
+
+
+def test_weights_of_a_part_are_enough_where_the_module_says_so(tmp_path: Path) -> None:
+    model = BoringModel()
+    model.strict_loading = False
+    weight = torch.full_like(model.layer.weight, 0.5)
+    torch.save({"state_dict": {"layer.weight": weight}}, tmp_path / "part.ckpt")
+    torch.save({"state_dict": {"other": weight}}, tmp_path / "other.ckpt")
+    load_weights(tmp_path / "part.ckpt", model)
+    assert torch.equal(model.layer.weight, weight)
+    with pytest.raises(ValueError, match=r"weights=.*part.ckpt is of another model: .*layer.bias"):
+        load_weights(tmp_path / "part.ckpt", model, "weights", strict=True)
+    with pytest.raises(ValueError, match=r"ckpt_path=.*other.ckpt is of another model: it has no tensor of this one"):
+        load_weights(tmp_path / "other.ckpt", model)
 
 
 def test_a_run_shorter_than_the_interval_is_validated_at_its_end(config: Config) -> None:

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,3 +114,21 @@ def test_compact_equals_dense_and_both_equal_the_reference(
     for n, p in plain.named_parameters():
         assert torch.equal(bags["dense"].get_parameter(n), p), n
         assert torch.equal(bags["compact"].get_parameter(n), p), n
+
+
+@pytest.mark.parametrize("n", [5, 16, 33, 100])
+def test_what_fills_up_a_compact_tensor_is_the_fill(n: int) -> None:
+    """It counts where gradients are clipped by their norm."""
+    mask = torch.arange(n) % 3 == 0
+    mask[-1] = True
+    slots, dense = Slots(mask), torch.arange(n, dtype=torch.float32)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # memory that nothing was written to is nan
+    try:
+        compact = slots.gather(dense, 3.5)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert torch.equal(compact[slots.places()], dense[mask])
+    filling = torch.ones(slots.size, dtype=torch.bool)
+    filling[slots.places()] = False
+    assert torch.equal(compact[filling], torch.full((int(filling.sum()),), 3.5))
