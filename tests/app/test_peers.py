@@ -4,11 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
 from lightning_mask.app import train as application
+from lightning_mask.app.comparison.peers import tensors
+from lightning_mask.core.patterns import resolve
 from lightning_mask.core.prunable import default_scope
+from lightning_mask.tasks import EfficientNetClassifier
 from tests.app.conftest import TINY
 
 WHERE = "+callbacks.peer._target_=lightning_mask.app.comparison.peers"
@@ -62,3 +66,15 @@ def test_torch_pruning_removes_channels_to_the_share(
     assert 0.15 < of_small / of_whole <= 0.25
     outputs = [[*model.parameters()][-1].shape for model in models]
     assert outputs[0] == outputs[1], "classes"
+
+
+def test_peers_and_masks_prune_the_same_tensors_of_the_image_network(config: Callable[..., DictConfig]) -> None:
+    with initialize_config_module("lightning_mask.conf", version_base="1.3"):
+        words = compose("compare", overrides=["experiment=compare_pruning"]).tasks.digits.overrides
+    scope = config(*words, "mask=prune_magnitude").mask.scope
+    model = EfficientNetClassifier(num_classes=10, pretrained=False)
+    named = resolve([*scope], model)
+    theirs = {id(getattr(layer, name)) for layer, name in tensors(model)}
+    assert {id(model.get_parameter(name)) for name in named} == theirs
+    assert any("project" in name for name in named)
+    assert not any("depthwise" in name for name in named)

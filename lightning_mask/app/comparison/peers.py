@@ -1,4 +1,4 @@
-"""How torch, Lightning and torch-pruning prune by magnitude, as strategies of a comparison: over PruneMask's default scope."""
+"""How torch, Lightning and torch-pruning prune by magnitude, as strategies of a comparison."""
 
 from typing import Any
 
@@ -8,14 +8,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_mask.core.channels import evaluating
+from lightning_mask.core.channels import depthwise, evaluating
 from lightning_mask.core.prunable import default_scope
 
 
 def tensors(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the default scope of PruneMask as ``torch.nn.utils.prune`` takes it: pairs of a layer and a name in it."""
+    """Return the default scope of PruneMask, less depthwise convolutions, as ``torch.nn.utils.prune`` takes it: layers and names.
+
+    Depthwise convolutions have few entries and stay whole (Zhu and Gupta, "To prune, or not to prune", 2017, section 4.2).
+    """
     named = [name.rpartition(".") for name in default_scope(module)]
-    return [(module.get_submodule(path), name) for path, _, name in named]
+    layers = [(module.get_submodule(path), name) for path, _, name in named]
+    return [(layer, name) for layer, name in layers if not depthwise(layer)]
 
 
 class TorchPruning(Callback):
