@@ -23,9 +23,10 @@ _SPREAD = 0.1
 
 
 def quality(rows: Sequence[Row], baselines: Sequence[str], path: Path) -> None:
-    """Draw the score against the share of entries that train: a panel for each task, error bars of a standard error.
+    """Draw the score against the density: a panel for each task, error bars of a standard error.
 
-    A baseline without a density is a band over the whole width, any other strategy without one a point at its own size.
+    A baseline without a density is a band over the whole width, any other strategy without one a point at the share of the
+    model's entries that it trains.
 
     Args:
         rows: What :func:`~lightning_mask.app.comparison.statistics.summarise` returned.
@@ -52,7 +53,7 @@ def quality(rows: Sequence[Row], baselines: Sequence[str], path: Path) -> None:
             known = strategy in baselines
             alone = all(row.is_whole for row in points)
             drawn[strategy] = axis.errorbar(
-                [100 * row.share * (1.0 if alone else shift) for row in points],
+                [100 * _density(row) * (1.0 if row.is_whole else shift) for row in points],
                 [row.mean for row in points],
                 [0.0 if math.isnan(row.standard_error) else row.standard_error for row in points],
                 color="black" if known else _COLOURS[place % len(_COLOURS)],
@@ -85,7 +86,7 @@ def quality(rows: Sequence[Row], baselines: Sequence[str], path: Path) -> None:
         axis.set(
             xscale="log",
             title=task,
-            xlabel="entries that train, % of the model",
+            xlabel="density, %",
             ylabel=f"{here[0].metric}" if here else "",
         )
         axis.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
@@ -96,6 +97,11 @@ def quality(rows: Sequence[Row], baselines: Sequence[str], path: Path) -> None:
         names = [name for name in [*baselines, *(o for o in others if o not in baselines)] if name in drawn]
         figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize=9, frameon=False)
     _save(figure, path)
+
+
+def _density(row: Row) -> float:
+    """The share that was chosen; that of the model's entries that train where none was, or a number of entries."""
+    return row.density if isinstance(row.density, float) and not row.is_whole else row.share
 
 
 def where(tables: Sequence[Where], path: Path) -> None:
