@@ -263,6 +263,24 @@ def test_a_report_is_a_folder_of_whole_files(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"table.md", "table.csv", "quality.png"}
 
 
+def test_the_picture_shows_a_score_at_its_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    from lightning_mask.app.comparison import pictures
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, _: drawn.append(figure))
+    whole = {"active": 1000, "total": 1000}  # a peer whose masked tensors train whole
+    results = (
+        runs("dense", DENSE, **whole) + runs("peer", DENSE, 0.1, **whole) + runs("counted", DENSE, 200, active=200)
+    )
+    pictures.quality(summarise([*results, *runs("bias", DENSE, active=20)]), ["dense"], tmp_path / "quality.png")
+    places = [float(container[0].get_xdata()[0]) for container in drawn[0].axes[0].containers]
+    assert places == pytest.approx(
+        [2, 20, 10], rel=0.13
+    )  # bias, counted, peer: spread a little where a density was chosen
+
+
 def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 

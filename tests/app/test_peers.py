@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
 from lightning_mask.app import train as application
-from lightning_mask.app.comparison.peers import tensors
+from lightning_mask.app.comparison.peers import of_entries
 from lightning_mask.core.patterns import resolve
 from lightning_mask.core.prunable import default_scope
 from lightning_mask.tasks import EfficientNetClassifier
@@ -74,7 +74,23 @@ def test_peers_and_masks_prune_the_same_tensors_of_the_image_network(config: Cal
     scope = config(*words, "mask=prune_magnitude").mask.scope
     model = EfficientNetClassifier(num_classes=10, pretrained=False)
     named = resolve([*scope], model)
-    theirs = {id(getattr(layer, name)) for layer, name in tensors(model)}
+    theirs = {id(getattr(layer, name)) for layer, name in of_entries(model)}
     assert {id(model.get_parameter(name)) for name in named} == theirs
     assert any("project" in name for name in named)
     assert not any("depthwise" in name for name in named)
+
+
+def test_torch_pruning_narrows_every_kind_of_layer_of_the_image_network(
+    config: Callable[..., DictConfig], models: list[torch.nn.Module]
+) -> None:
+    words = ["model=efficientnet_lite0", "model.pretrained=false", "model.size=32", "data=mnist5k", "data.batch_size=4"]
+    words += ["mask=none", "logger=none", "test=false", "delta=false", "report=false", "trainer.max_steps=1"]
+    words += ["trainer.limit_val_batches=1", "trainer.val_check_interval=1", "callbacks.progress.refresh_rate=0"]
+    application.train(config(*words, f"{WHERE}.ChannelRemoval", "+callbacks.peer.sparsity=0.5"))
+    small, whole = models[0], EfficientNetClassifier(num_classes=10, pretrained=False)
+    for kind in ("stem", "expand", "depthwise", "project"):
+        of_small, of_whole = (
+            sum(p.shape[0] for name, p in model.named_parameters() if name.endswith(f"{kind}.weight"))
+            for model in (small, whole)
+        )
+        assert 0 < of_small < of_whole, kind

@@ -13,13 +13,17 @@ from lightning_mask.core.prunable import default_scope
 
 
 def tensors(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the default scope of PruneMask, less depthwise convolutions, as ``torch.nn.utils.prune`` takes it: layers and names.
-
-    Depthwise convolutions have few entries and stay whole (Zhu and Gupta, "To prune, or not to prune", 2017, section 4.2).
-    """
+    """Return the default scope of PruneMask as ``torch.nn.utils.prune`` takes it: pairs of a layer and a name in it."""
     named = [name.rpartition(".") for name in default_scope(module)]
-    layers = [(module.get_submodule(path), name) for path, _, name in named]
-    return [(layer, name) for layer, name in layers if not depthwise(layer)]
+    return [(module.get_submodule(path), name) for path, _, name in named]
+
+
+def of_entries(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return :func:`tensors` less depthwise convolutions, of which single entries are not pruned.
+
+    They have few entries, and stay whole in Zhu and Gupta, "To prune, or not to prune" (2017), section 4.2.
+    """
+    return [(layer, name) for layer, name in tensors(module) if not depthwise(layer)]
 
 
 class TorchPruning(Callback):
@@ -36,7 +40,7 @@ class TorchPruning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prune, before the optimizer is made."""
         if stage == "fit":
-            self.pruned = tensors(pl_module)
+            self.pruned = of_entries(pl_module)
             for layer, name in self.pruned:
                 prune.l1_unstructured(layer, name, amount=self.sparsity)
 
@@ -65,7 +69,7 @@ class LightningPruning(ModelPruning):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str, **more: Any) -> None:
         """Name the tensors."""
-        self._parameters_to_prune = tensors(pl_module)
+        self._parameters_to_prune = of_entries(pl_module)
         super().setup(trainer, pl_module, stage, **more)
 
 

@@ -46,7 +46,7 @@ def quality(rows: Sequence[Row], baselines: Sequence[str], path: Path) -> None:
             continue
         here = [row for row in rows if row.task == task and math.isfinite(row.mean)]
         for place, strategy in enumerate(others):
-            points = [row for row in here if row.strategy == strategy and math.isfinite(row.share)]
+            points = [row for row in here if row.strategy == strategy and math.isfinite(_density(row))]
             if not points:
                 continue
             shift = 10 ** (_SPREAD * ((place + 0.5) / len(others) - 0.5))
