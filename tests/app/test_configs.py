@@ -169,6 +169,16 @@ def test_override_grammar(config: Callable[..., DictConfig]) -> None:
     assert (taught.mean, taught.deviation) == (127 / 255, 128 / 255)
 
 
+@pytest.mark.parametrize("mask", GROUPS["mask"])
+def test_what_prunes_and_trains_the_rest_has_the_rate_of_training_everything(
+    mask: str, config: Callable[..., DictConfig]
+) -> None:
+    made = config(f"mask={mask}")
+    if made.mask.get("_target_") == "lightning_mask.PruneMask":
+        assert made.optimizer.lr == config("mask=none").optimizer.lr
+        assert config(f"mask={mask}", "lr=5e-3").optimizer.lr == 5e-3
+
+
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_devices_and_nodes_are_short_words_that_the_trainer_and_slurm_take(trainer: str) -> None:
     words = [f"trainer={trainer}", "devices=8", "num_nodes=4", "launcher=slurm", "hydra.launcher.account=mine"]
