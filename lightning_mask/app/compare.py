@@ -135,7 +135,8 @@ def progress(cell: Cell, results: Mapping[Path, Mapping[str, Any]]) -> Progress:
         for rung in tried:
             of_rung = [results[cell.trial(rung, seed, tuning=True).folder] for seed in cell.tuned]
             known.scores[rung] = sum(map(finite, (score(r, "val", cell.metric) for r in of_rung))) / len(of_rung)
-        best = max(sorted(known.scores), key=lambda rung: known.scores[rung])
+        # of equal ones the largest: rates that are too small for a sparse mask all leave the scores where they began
+        best = max(sorted(known.scores, reverse=True), key=lambda rung: known.scores[rung])
         if known.scores[best] == -math.inf:
             known.error = next((str(e) for t in trials if (e := results[t.folder]["error"])), "the loss was not finite")
             return known

@@ -141,6 +141,8 @@ def test_the_best_rate_is_looked_for_beyond_an_end_of_the_grid(config: Config, t
     assert [t.folder.name for t in inside.next] == [f"lr-{middle:g}-seed-{seed}" for seed in (0, 1)]
     rising = after({rate(cell.start + step): step / 10 + 0.5 for step in range(-1, 6)})
     assert (rising.rung, len(rising.scores)) == (cell.start + 3, 5)
+    flat = after({rate(cell.start + step): 0.5 + 0.1 * (step == 2) for step in range(-1, 4)})
+    assert flat.rung == cell.start + 2, "rates that change nothing are too small"
     top = after({rate(cell.start - 1): 0.1, middle: 0.2, rate(cell.start + 1): 0.3, rate(cell.start + 2): None})
     assert (top.rung, len(top.scores)) == (cell.start + 1, 4)
     assert top.scores[cell.start + 2] == -math.inf
