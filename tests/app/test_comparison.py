@@ -276,9 +276,8 @@ def test_the_picture_shows_a_score_at_its_density(tmp_path: Path, monkeypatch: p
     )
     pictures.quality(summarise([*results, *runs("bias", DENSE, active=20)]), ["dense"], tmp_path / "quality.png")
     places = [float(container[0].get_xdata()[0]) for container in drawn[0].axes[0].containers]
-    assert places == pytest.approx(
-        [2, 20, 10], rel=0.13
-    )  # bias, counted, peer: spread a little where a density was chosen
+    # bias, counted, peer: spread a little where a density was chosen
+    assert places == pytest.approx([2, 20, 10], rel=0.13)
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
