@@ -41,19 +41,21 @@ def test_halving_keeps_to_its_minutes() -> None:
     scores: dict[str, float | None] = {"a": 3.0, "b": None, "c": 1.0, "d": 2.0, "e": 4.0, "f": 0.5}
     settings = [Setting("one", None, float(place), 1, {}) for place in range(6)]
 
-    def rungs(per_step: float, longest: int | None = None, eta: int = 2) -> tuple[list[tuple[str, int]], list[str]]:
+    def rungs(per_step: float, longest: int | None = None, eta: int = 2) -> tuple[list[Any], list[Any]]:
         clock = Clock(scores, per_step)
-        _, untried = halve(
+        _, no_time = halve(
             settings, clock.run, steps=1, eta=eta, mode="min", minutes=1.0, longest=longest, passed=clock.passed
         )
-        return clock.ran, [list(scores)[int(s.lr or 0)] for s in untried]
+        return clock.ran, [(list(scores)[int(s.lr or 0)], steps) for s, steps in no_time]
 
     first = [(name, 1) for name in scores]
     assert rungs(0.1) == ([*first, ("f", 2), ("c", 2), ("d", 2), ("f", 4), ("c", 4)], [])
     assert rungs(0.1, 2) == ([*first, ("f", 2), ("c", 2), ("d", 2)], [])
     assert rungs(0.1, eta=3) == ([*first, ("f", 3), ("c", 3)], [])
-    assert rungs(10.0) == (first[:3], ["d", "e", "f"])  # 30 s for the first rung; then no time for two
-    assert rungs(7.0) == ([*first[:4], ("c", 2), ("d", 2)], ["e", "f"])
+    # 30 s for the first rung; then no time for two
+    assert rungs(10.0) == (first[:3], first[3:])
+    assert rungs(6.0, eta=3) == (first[:5], [("f", 1), ("c", 3), ("d", 3)])
+    assert rungs(7.0) == ([*first[:4], ("c", 2), ("d", 2)], first[4:])
     with pytest.raises(
         ValueError, match=r"mask\.minutes=1 is too short: a trial of 1 steps takes 31 s, and there are 6"
     ):
@@ -66,6 +68,7 @@ def test_halving_keeps_to_its_minutes() -> None:
 def test_a_strategy_that_begins_slowly_is_not_dropped_after_the_first_round() -> None:
     """After two steps the head is ahead at every rate; after eight, training everything is."""
     settings = [Setting(name, None, lr, 1, {}) for lr in (1.0, 2.0, 3.0) for name in ("head", "none", "bitfit")]
+    missed: list[list[str]] = []
     slow = {"head": 1.0, "none": 6.0, "bitfit": 3.0}
 
     def rungs(longest: int, minutes: float = 9.0) -> list[list[str]]:
@@ -74,16 +77,19 @@ def test_a_strategy_that_begins_slowly_is_not_dropped_after_the_first_round() ->
             made = outcome(setting.strategy, score, steps=steps, seconds=0.1)
             return dataclasses.replace(made, setting=setting, seconds_per_step=0.25)
 
-        made, untried = halve(
+        made, no_time = halve(
             settings, run, steps=2, eta=3, mode="min", minutes=minutes, longest=longest, passed=lambda: 0.0
         )
-        assert not untried
+        missed.append([f"{steps}: {setting.name}" for setting, steps in no_time])
         return [[f"{o.steps}: {o.setting.name}" for o in rung] for rung in made[1:]]
 
     second = ["6: head at lr 3", "6: bitfit at lr 3", "6: none at lr 3"]
     assert rungs(100) == [second], "of three, the best third is one, which nothing could be compared with"
     assert rungs(8) == [[name.replace("6", "8") for name in second]], "six steps would be nearly the whole run"
     assert rungs(8, minutes=0.06) == [second], "there is no time for all at the whole length"
+    assert not any(missed)
+    assert rungs(100, minutes=0.04) == [second[:2]], "there is no time for the third"
+    assert missed[-1] == second[2:]
 
 
 def test_a_rate_at_the_end_of_those_tried_is_followed_further() -> None:

@@ -176,7 +176,7 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
 
         where = "of the training set" if held_out is not None else "of the validation set"
         rank_zero_info(f"mask=auto: {len(settings)} settings to try, in {auto.minutes:g} minutes at most")
-        rungs, untried = halve(
+        rungs, no_time = halve(
             settings,
             run,
             steps=auto.steps,
@@ -187,7 +187,10 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
             passed=passed,
         )
         widen(rungs, run, most=auto.widen, mode=auto.mode, minutes=auto.minutes, passed=passed)
-    left_out += [{"name": s.name, "why": "there was no time: raise mask.minutes, or lower mask.steps"} for s in untried]
+    left_out += [
+        {"name": s.name, "why": f"there was no time for {steps} steps: raise mask.minutes, or lower mask.steps"}
+        for s, steps in no_time
+    ]
     record = make_record(auto, cfg, rungs, left_out, where, passed())
     show(record, auto)
     return record

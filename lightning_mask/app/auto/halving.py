@@ -84,8 +84,8 @@ def halve(
     minutes: float,
     longest: int | None,
     passed: Callable[[], float],
-) -> tuple[list[list[Outcome]], list[Setting]]:
-    """Run settings by successive halving; return the outcomes of each rung, and the settings for which there was no time.
+) -> tuple[list[list[Outcome]], list[tuple[Setting, int]]]:
+    """Run settings by successive halving; return the outcomes of each rung, and what there was no time for.
 
     The first rung may take half of the minutes; later ones, as many of the best as there is time for, by what their trials
     took before. There are no rungs of a single setting: nothing could be compared.
@@ -100,6 +100,9 @@ def halve(
         minutes: Time for all.
         longest: Steps of the whole run, which no trial exceeds; None: not known.
         passed: Says how many seconds of it are over.
+
+    Returns:
+        The rungs; and each setting with the steps that it would have had next.
 
     Raises:
         ValueError: If there is no time for two settings, or none of them could be trained.
@@ -119,7 +122,7 @@ def halve(
         if place >= 2 and over + took > limit / 2:
             break
         outcomes.append(run(setting, steps))
-    rungs, untried = [outcomes], list(settings[len(outcomes) :])
+    rungs, no_time = [outcomes], [(setting, steps) for setting in settings[len(outcomes) :]]
     while True:
         ranked = rank(rungs[-1], mode)
         if not ranked:
@@ -135,12 +138,15 @@ def halve(
                     kept.append(outcome.setting)
             if len(kept) == len(going):
                 break
-        if len(kept) < 2 or more == steps:
-            return rungs, untried
+        if len(going) < 2 or more == steps:
+            return rungs, no_time
+        no_time += [(o.setting, more) for o in going if len(kept) < 2 or o.setting not in kept]
+        if len(kept) < 2:
+            return rungs, no_time
         steps = more
         rungs.append([run(setting, steps) for setting in kept])
         if not rank(rungs[-1], mode):
-            return rungs, untried
+            return rungs, no_time
 
 
 def _lengths(steps: int, longest: int | None) -> list[int]:
