@@ -4,6 +4,7 @@ Every strategy trains for the same number of steps on the same data, at a learni
 that the comparison does not use.
 """
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_mask.app import comparison, launch
+from lightning_mask.app.auto import CHOICE
 from lightning_mask.app.checks import check_complete
 from lightning_mask.app.summary import write_json
 from lightning_mask.app.trials import Trial, is_basic, run_trials, stored
@@ -33,7 +35,8 @@ class Cell:
         density: Share of the entries in scope; None: the strategy has none.
         overrides: Words of the command line that make it.
         folder: Where its trials are kept.
-        metric: Of the task: higher is better.
+        metric: Of the task.
+        mode: Which score is better, "max" or "min".
         start: Rung of the ladder of rates (:func:`rate`) in the middle of those that are tried.
         tuned: Seeds for finding the rate.
         seeds: Seeds of the comparison.
@@ -47,6 +50,7 @@ class Cell:
     overrides: tuple[str, ...]
     folder: Path
     metric: str
+    mode: str
     start: int
     tuned: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -69,14 +73,14 @@ class Progress:
     """What is known of one cell.
 
     Args:
-        scores: Validation score by rung, the mean over the seeds for finding the rate; -inf where a run failed or diverged.
+        scores: Validation score by rung, the mean over the seeds for finding the rate; None where a run failed or diverged.
         rung: The best; None: not known yet, or no rate worked.
         error: Why no rate worked.
         next: Trials that can run now.
         left: Number of trials until the cell is complete, those in ``next`` included.
     """
 
-    scores: dict[int, float] = field(default_factory=dict)
+    scores: dict[int, float | None] = field(default_factory=dict)
     rung: int | None = None
     error: str | None = None
     next: list[Trial] = field(default_factory=list)
@@ -134,10 +138,10 @@ def progress(cell: Cell, results: Mapping[Path, Mapping[str, Any]]) -> Progress:
             return known
         for rung in tried:
             of_rung = [results[cell.trial(rung, seed, tuning=True).folder] for seed in cell.tuned]
-            known.scores[rung] = sum(map(finite, (score(r, "val", cell.metric) for r in of_rung))) / len(of_rung)
+            known.scores[rung] = mean_score([score(r, "val", cell.metric) for r in of_rung])
         # of equal ones the largest: rates that are too small for a sparse mask all leave the scores where they began
-        best = max(sorted(known.scores, reverse=True), key=lambda rung: known.scores[rung])
-        if known.scores[best] == -math.inf:
+        best = max(sorted(known.scores, reverse=True), key=lambda rung: worth(known.scores[rung], cell.mode))
+        if known.scores[best] is None:
             known.error = next((str(e) for t in trials if (e := results[t.folder]["error"])), "the loss was not finite")
             return known
         ends = {min(tried): min(tried) - 1, max(tried): max(tried) + 1}
@@ -175,9 +179,15 @@ def score(result: Mapping[str, Any], part: str, metric: str) -> float | None:
     return value
 
 
-def finite(value: float | None) -> float:
-    """Return a score that anything finite beats where there is none."""
-    return -math.inf if value is None or not math.isfinite(value) else value
+def mean_score(scores: Sequence[float | None]) -> float | None:
+    """Return the mean; None where one is missing or not finite."""
+    known = [value for value in scores if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if len(known) == len(scores) else None
+
+
+def worth(value: float | None, mode: str) -> float:
+    """Return a number that is higher for a better score, and lowest where there is none."""
+    return -math.inf if value is None else value if mode == "max" else -value
 
 
 def cells(cfg: DictConfig, folder: Path) -> list[Cell]:
@@ -213,6 +223,7 @@ def cells(cfg: DictConfig, folder: Path) -> list[Cell]:
                         overrides=tuple(words),
                         folder=folder / "trials" / str(task_name) / (f"{name}-{density:g}" if takes else str(name)),
                         metric=task.metric,
+                        mode=task.get("mode", "max"),
                         start=first_rung(task.lr, share, cfg.tuning.exponent),
                         tuned=tuple(cfg.tuning.seeds),
                         seeds=tuple(cfg.seeds),
@@ -263,7 +274,7 @@ def compare(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     if not good:
         console.print("No run of the comparison has a result yet, so there is nothing to report.")
         return []
-    console.print(f"report: {comparison.report(good, folder, tuple(cfg.baselines))}")
+    console.print(f"report: {comparison.report(rows, folder, tuple(cfg.baselines))}")
     return good
 
 
@@ -336,30 +347,39 @@ def write(wanted: Sequence[Cell], results: Mapping[Path, dict[str, Any]], folder
     for cell in wanted:
         known = progress(cell, results)
         if known.scores or known.rung is not None:
-            found = {f"{rate(rung):g}": None if s == -math.inf else s for rung, s in sorted(known.scores.items())}
+            found = {f"{rate(rung):g}": value for rung, value in sorted(known.scores.items())}
             best = None if known.rung is None else rate(known.rung)
             at_end = bool(known.scores) and known.rung in (min(known.scores), max(known.scores))
             rates.setdefault(cell.task, {})[cell.name] = {"lr": best, "val_scores": found, "at_end_of_grid": at_end}
-        head = {"task": cell.task, "strategy": cell.strategy, "density": cell.density, "metric": cell.metric}
+        head = {"task": cell.task, "strategy": cell.strategy, "density": cell.density}
+        head |= {"metric": cell.metric, "mode": cell.mode}
         if known.error is not None:
             rows.append({**head, "lr": None, "seed": None, "score": None, "error": known.error})
         for seed in cell.seeds if known.rung is not None else ():
             result = results.get(cell.trial(known.rung, seed, tuning=False).folder)  # type: ignore[arg-type]
             if result is not None:
-                rows.append({**head, "lr": rate(known.rung), "seed": seed, **_row(result, cell.metric)})  # type: ignore[arg-type]
+                tuned = {"lr": rate(known.rung), "lr_at_end": at_end, "seed": seed}  # type: ignore[arg-type]
+                rows.append({**head, **tuned, **_row(result, cell.metric)})
     write_json(folder / "results.json", {"results": rows})
     write_json(folder / "rates.json", rates)
     return rows
 
 
 def _row(result: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    masks = Path(result["folder"]) / "masks.safetensors"
+    folder = Path(result["folder"])
+    masks, found, seconds = folder / "masks.safetensors", folder / CHOICE, result["seconds"].get("fit")
+    own = {}
+    if found.exists():  # a strategy that found its own rate, in a time of its own
+        choice = json.loads(found.read_text(encoding="utf-8"))
+        own = {"lr": choice["choice"]["lr"]} if choice["choice"]["lr"] is not None else {}
+        seconds = None if seconds is None else seconds + choice["seconds"]
     return {
+        **own,
         "score": score(result, "test", metric),
         "val_score": score(result, "val", metric),
         "active": result["mask"].get("active"),
         "total": result["mask"].get("total"),
-        "seconds": result["seconds"].get("fit"),
+        "seconds": seconds,
         "seconds_per_step": result["mask"].get("seconds_per_step"),
         "optimizer_bytes": result["mask"].get("optimizer_bytes"),
         "held_changed": result["mask"].get("held_changed"),
@@ -389,6 +409,9 @@ def check(cfg: DictConfig) -> None:
             lacks = [key for key in keys if key not in each]
             if lacks:
                 raise ValueError(f"{name}.{of} lacks {', '.join(lacks)}: it has {', '.join(keys)}.")
+    for name, task in cfg.tasks.items():
+        if task.get("mode", "max") not in comparison.MODES:
+            raise ValueError(f"tasks.{name}.mode={task.mode!r} must be max (a higher {task.metric} is better) or min.")
     for name, strategy in cfg.strategies.items():
         if strategy.share is not None and not 0 < strategy.share <= 1:
             raise ValueError(

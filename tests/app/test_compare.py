@@ -1,7 +1,7 @@
 """Comparisons: what runs, what does not run again, how a rate is found, and what a failure costs."""
 
+import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mask.app.compare import cells, check, compare, first_rung, progress, rate
+from lightning_mask.app.auto import CHOICE
+from lightning_mask.app.compare import cells, check, compare, first_rung, progress, rate, write
 from lightning_mask.app.trials import Trial, run_trials
 
 BROKEN = "+strategies.broken={overrides:['mask=random','mask.scope=[nothing.here]'],share:null}"
@@ -45,6 +46,7 @@ def test_a_comparison_from_start_to_report(config: Config, tmp_path: Path, capsy
     assert "nothing.here" in said
     table = (tmp_path / "table.md").read_text()
     assert all(name in table for name in ("dense", "head", "random"))
+    assert "\n- broken at 10 %: " in table
     stored = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [r for r in stored if r["error"] is None] == rows
     assert [r["strategy"] for r in stored if r["error"] is not None] == ["broken"]
@@ -145,8 +147,11 @@ def test_the_best_rate_is_looked_for_beyond_an_end_of_the_grid(config: Config, t
     assert flat.rung == cell.start + 2, "rates that change nothing are too small"
     top = after({rate(cell.start - 1): 0.1, middle: 0.2, rate(cell.start + 1): 0.3, rate(cell.start + 2): None})
     assert (top.rung, len(top.scores)) == (cell.start + 1, 4)
-    assert top.scores[cell.start + 2] == -math.inf
+    assert top.scores[cell.start + 2] is None
     assert after(dict.fromkeys((rate(cell.start + step) for step in (-1, 0, 1)), None)).error is not None
+    cell = dataclasses.replace(cell, mode="min")
+    falling = after({rate(cell.start + step): 0.5 - step / 10 if step < 2 else None for step in range(-1, 3)})
+    assert (falling.rung, falling.scores[cell.start + 2]) == (cell.start + 1, None)
 
 
 def test_one_that_finds_its_own_rate_is_given_one(config: Config, tmp_path: Path) -> None:
@@ -154,6 +159,17 @@ def test_one_that_finds_its_own_rate_is_given_one(config: Config, tmp_path: Path
     found = cells(config("tuning.points=3", "tuning.widen=2", auto), tmp_path)
     assert [(cell.points, cell.widen) for cell in found if cell.strategy == "auto"] == [(1, 0)]
     assert {(cell.points, cell.widen) for cell in found if cell.strategy != "auto"} == {(3, 2)}
+    (cell,) = [cell for cell in found if cell.strategy == "auto"]
+    results = {}
+    for seed, lr in zip(cell.seeds, (0.5, 0.25), strict=True):
+        folder = cell.trial(cell.start, seed, tuning=False).folder
+        folder.mkdir(parents=True)
+        (folder / CHOICE).write_text(json.dumps({"choice": {"lr": lr}, "seconds": 60.0}))
+        figures = {"val/accuracy": 0.5, "test/accuracy": 0.5}
+        known = {"error": None, "metrics": figures, "mask": {}, "seconds": {"fit": 20.0}, "folder": str(folder)}
+        results[folder] = known
+    rows = write([cell], results, tmp_path)
+    assert [(row["lr"], row["seconds"], row["lr_at_end"]) for row in rows] == [(0.5, 80.0, False), (0.25, 80.0, False)]
 
 
 def test_what_cannot_be_compared_is_refused(config: Config) -> None:
@@ -165,6 +181,7 @@ def test_what_cannot_be_compared_is_refused(config: Config) -> None:
         (["strategies.head.share=0.0"], "strategies.head.share"),
         (["~strategies.head.share"], "lacks share"),
         (["+strategies.head.takes=mask.sparsity"], "strategies.head.takes='mask.sparsity' must be a word with"),
+        (["+tasks.digits.mode=lower"], r"tasks\.digits\.mode='lower' must be max"),
         (["tasks={}"], "tasks is empty"),
     ]:
         cfg = config(*(w for w in words if w != "tasks={}"))

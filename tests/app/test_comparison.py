@@ -138,6 +138,42 @@ def test_a_ranking_has_groups_without_order_inside() -> None:
     assert "- 1 %: no difference seen among: alpha, zeta; then low; not finite: lost; too few seeds: short." in text
 
 
+def test_a_ranking_is_by_the_seeds_that_all_have() -> None:
+    far = runs("far", {0: 0.70, 1: 0.711, 2: 0.722}, 0.01)
+    lucky = {0: 0.80, 1: 0.81, 2: 0.82, 3: 0.40, 4: 0.41}  # its mean is below that of far
+    (found,) = rank(summarise([*runs("lucky", lucky, 0.01), *far]))
+    assert found.groups == [["lucky"], ["far"]]
+    (found,) = rank(summarise([*runs("elsewhere", {3: 0.80, 4: 0.81, 5: 0.82}, 0.01), *far]))
+    assert (found.groups, found.unranked) == ([["far"]], {"other seeds": ["elsewhere"]})
+    same = {seed: score + 0.25 for seed, score in DENSE.items()}
+    (found,) = rank(summarise([*runs("same", same, 0.01), *runs("dense", DENSE, 0.01)]))
+    assert (found.groups, found.unranked) == ([["same"]], {"no spread against same": ["dense"]})
+
+
+def test_a_lower_score_is_better_where_the_task_says_so() -> None:
+    results = runs("dense", DENSE, mode="min") + runs("low", {0: 0.5, 1: 0.521, 2: 0.541}, 0.01, mode="min")
+    rows = summarise(results)
+    assert row(rows, "low", 0.01).differences["dense"].verdict == "better"
+    assert row(rows, "low", 0.01).differences["dense"].mean < 0
+    (found,) = rank(rows)
+    assert found.groups == [["low"], ["dense"]]
+    with pytest.raises(ValueError, match=r"accuracy \(min\) and accuracy \(max\), cannot be compared"):
+        summarise([*results, *runs("other", DENSE)])
+
+
+def test_what_failed_and_a_rate_at_the_end_are_said(tmp_path: Path) -> None:
+    results = [*runs("dense", DENSE), *runs("fisher", {0: 0.8, 1: 0.81}, 0.1, lr_at_end=True)]
+    results += [result("fisher", 2, None, 0.1, error="OSError: gone"), result("snip", 0, None, 0.1, error="no memory")]
+    results[-1]["seed"] = None
+    text = report(results, tmp_path).read_text()
+    assert "| fisher | 10 % | 2 | 0.8050 ± 0.0050 | 50 | 0.001, at the end |" in text
+    assert "\n- fisher at 10 %, seed 2: OSError: gone\n- snip at 10 %: no memory\n" in text
+    assert 'A rate with "at the end"' in text
+    assert "at the end" not in report(runs("dense", DENSE), tmp_path).read_text()
+    with pytest.raises(ValueError, match="no result"):
+        report(results[-2:], tmp_path)
+
+
 def test_a_score_that_is_not_finite_is_shown_and_takes_part_in_nothing() -> None:
     rows = summarise([*runs("dense", DENSE), *runs("fisher", {0: 0.8, 1: math.nan, 2: math.inf}, 0.1)])
     found = row(rows, "fisher", 0.1)
@@ -155,7 +191,10 @@ def test_a_score_that_is_not_finite_is_shown_and_takes_part_in_nothing() -> None
             [result("dense", 0, 0.5), result("dense", 0, 0.6, lr=1e-2)],
             r"two results of dense with seed 0 \(lr 0.001 and",
         ),
-        ([result("dense", 0, 0.5), result("head", 0, 0.6, metric="f1")], "different metrics, accuracy and f1"),
+        (
+            [result("dense", 0, 0.5), result("head", 0, 0.6, metric="f1")],
+            r"different metrics, accuracy \(max\) and f1 \(max\)",
+        ),
         ([{"task": "tweets", "seed": 0}], "lacks strategy, density"),
     ],
 )

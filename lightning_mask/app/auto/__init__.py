@@ -36,9 +36,10 @@ from lightning_mask.app.summary import write_json
 from lightning_mask.app.trials import digest, run_quietly
 from lightning_mask.callbacks.signals import told
 
-__all__ = ["Auto", "HeldOut", "choose", "wait_for"]
+__all__ = ["CHOICE", "Auto", "HeldOut", "choose", "wait_for"]
 
-_FILE = "auto.json"
+CHOICE = "auto.json"
+"""In a run's folder: the choice, and the trials that it follows from."""
 _UNFINISHED = "auto_trials.json"
 """Results of the trials of a choice that is not made yet, by the digest of a trial's config."""
 
@@ -61,7 +62,7 @@ def choose(cfg: DictConfig) -> DictConfig:
         FileNotFoundError: If a run goes on, and the choice that it began with is missing.
     """
     auto = instantiate(cfg.mask)
-    file = Path(cfg.paths.output_dir) / _FILE
+    file = Path(cfg.paths.output_dir) / CHOICE
     token = os.environ.get(RUN, "")
     if not is_first():
         return _with_choice(cfg, wait_for(file, token, 180 * auto.minutes + 600))
@@ -107,13 +108,13 @@ def _before(cfg: DictConfig) -> dict[str, Any] | None:
     if path is None:
         return None
     folder = Path(cfg.paths.output_dir) if path in NEWEST else Path(path).parent.parent
-    if (folder / _FILE).exists():
-        record: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    if (folder / CHOICE).exists():
+        record: dict[str, Any] = json.loads((folder / CHOICE).read_text(encoding="utf-8"))
         return record
     if path in NEWEST and not list((folder / "checkpoints").glob("*.ckpt")):
         return None
     raise FileNotFoundError(
-        f"ckpt_path={path} has no {folder / _FILE} that says what mask=auto chose: name the strategy with mask=..."
+        f"ckpt_path={path} has no {folder / CHOICE} that says what mask=auto chose: name the strategy with mask=..."
     )
 
 

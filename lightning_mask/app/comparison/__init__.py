@@ -13,6 +13,7 @@ from lightning_mask.app.comparison.statistics import (
     BASELINES,
     CONFIDENCE,
     FEWEST,
+    MODES,
     Density,
     Difference,
     Ranking,
@@ -32,6 +33,7 @@ __all__ = [
     "BASELINES",
     "CONFIDENCE",
     "FEWEST",
+    "MODES",
     "Density",
     "Difference",
     "Overlap",
@@ -63,9 +65,10 @@ def report(results: Sequence[Mapping[str, Any]], folder: Path, baselines: Sequen
 
     Args:
         results: One mapping for each run that ended: ``task``, ``strategy``, ``density`` (share, number or None), ``lr``,
-            ``seed``, ``score`` (higher is better; None or nan: not finite) and its name ``metric``; and, if known,
-            ``val_score``, ``active`` and ``total`` (entries), ``seconds``, ``optimizer_bytes`` and ``masks`` (file).
-            A run that failed is left out.
+            ``seed``, ``score`` (None or nan: not finite) and its name ``metric``; and, if known, ``mode`` ("max": higher is
+            better, as without it, or "min"), ``val_score``, ``active`` and ``total`` (entries), ``seconds``,
+            ``optimizer_bytes``, ``masks`` (file), and ``lr_at_end`` (whether no rate beyond it was tried). One with an
+            ``error`` is listed, and is part of nothing else.
         folder: Where to write; it is made.
         baselines: Strategies that all others are compared with: at the same density if the baseline has one.
 
@@ -74,18 +77,19 @@ def report(results: Sequence[Mapping[str, Any]], folder: Path, baselines: Sequen
 
     Raises:
         ImportError: If SciPy or Matplotlib is missing.
-        ValueError: If there is no result, one lacks a key, two are of the same run, a task has two metrics, or masks of one
-            task are of different models.
+        ValueError: If there is no result without an error, one lacks a key, two are of the same run, a task has two metrics, or
+            masks of one task are of different models.
         FileNotFoundError: If a file of masks is not there.
     """
     require_tools()
     from lightning_mask.app.comparison import pictures
 
-    rows = summarise(results, baselines)
+    failed = [result for result in results if result.get("error") is not None]
+    rows = summarise([result for result in results if result.get("error") is None], baselines)
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "table.md"
     _write(folder / "table.csv", as_csv(rows, baselines))
-    _write(table, as_markdown(rows, baselines, ()))
+    _write(table, as_markdown(rows, baselines, (), failed))
     with whole_file(folder / "quality.png") as temporary:
         pictures.quality(rows, baselines, temporary)
     drawn = ["quality.png"]
@@ -106,7 +110,7 @@ def report(results: Sequence[Mapping[str, Any]], folder: Path, baselines: Sequen
     else:
         for name in ("overlap.csv", "overlap.png"):
             (folder / name).unlink(missing_ok=True)
-    _write(table, as_markdown(rows, baselines, drawn))
+    _write(table, as_markdown(rows, baselines, drawn, failed))
     return table
 
 

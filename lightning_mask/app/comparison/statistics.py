@@ -10,8 +10,9 @@ How the numbers come about:
   one false verdict or more in it at 5 %. So an interval may lie beside zero and the verdict still be "no difference seen".
 * There is no verdict from fewer than three seeds, nor from differences that are the same in every seed: their spread of
   zero is the grain of the metric, not its noise.
-* A ranking is over all pairs at one density, again with Holm. It names groups: the best and what the seeds do not separate
-  from it, then the same among the rest. Inside a group there is no order.
+* A ranking is over all pairs at one density, again with Holm, by the seeds that all of them have. It names groups: the best
+  and what the seeds do not separate from it, then the same among the rest. Inside a group there is no order. A strategy
+  that lacks seeds of the others, so that fewer than three would be left, gets no place.
 """
 
 import math
@@ -30,6 +31,9 @@ FIGURES = ("val_score", "active", "total", "seconds", "optimizer_bytes")
 """What else is known of a run, if it is."""
 
 Density = float | int | None
+
+MODES = ("max", "min")
+"""Which score of a task is better."""
 
 _KEYS = ("task", "strategy", "density", "lr", "seed", "score", "metric")
 
@@ -72,6 +76,8 @@ class Row:
         standard_error: Of the mean, from the seeds' standard deviation (n - 1); nan below two seeds.
         means: Mean over seeds of each of ``FIGURES`` that some run has.
         rates: The learning rates that occur.
+        at_end: Whether the rate is the largest or smallest of those that were tried, so that another may be better.
+        mode: Which score is better, "max" or "min".
         masks: File of the mask by seed, where there is one.
         differences: By baseline.
     """
@@ -85,6 +91,8 @@ class Row:
     standard_error: float
     means: Mapping[str, float]
     rates: tuple[float, ...]
+    at_end: bool
+    mode: str
     masks: Mapping[int, str]
     differences: Mapping[str, Difference] = field(default_factory=dict)
 
@@ -182,14 +190,15 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def judged(family: Sequence[Difference]) -> list[Difference]:
+def judged(family: Sequence[Difference], mode: str = "max") -> list[Difference]:
     """Return a family of differences with Holm's p and a verdict each.
 
     Args:
         family: What :func:`paired` returned, of all comparisons that are made together.
+        mode: Which score is better, "max" or "min".
     """
     return [
-        replace(d, adjusted=p, verdict=d.verdict or _verdict(d.mean, p))
+        replace(d, adjusted=p, verdict=d.verdict or _verdict(d.mean if mode == "max" else -d.mean, p))
         for d, p in zip(family, holm([d.p for d in family]), strict=True)
     ]
 
@@ -253,9 +262,10 @@ def _check(results: Sequence[Mapping[str, Any]]) -> None:
                 "report one of them."
             )
         seen[run] = result
-        if metrics.setdefault(result["task"], result["metric"]) != result["metric"]:
+        metric = f"{result['metric']} ({result.get('mode', 'max')})"
+        if metrics.setdefault(result["task"], metric) != metric:
             raise ValueError(
-                f"{run[0]}: scores of different metrics, {metrics[run[0]]} and {result['metric']}, cannot be compared."
+                f"{run[0]}: scores of different metrics, {metrics[run[0]]} and {metric}, cannot be compared."
             )
 
 
@@ -279,6 +289,8 @@ def _row(results: Sequence[Mapping[str, Any]]) -> Row:
         standard_error=float(values.std(ddof=1)) / math.sqrt(n) if finite and n > 1 else math.nan,
         means=means,
         rates=tuple(sorted({float(r["lr"]) for r in results if r["lr"] is not None})),
+        at_end=any(r.get("lr_at_end") for r in results),
+        mode=first.get("mode", "max"),
         masks={int(r["seed"]): str(r["masks"]) for r in results if r.get("masks")},
     )
 
@@ -298,7 +310,7 @@ def _with_differences(rows: Sequence[Row], baselines: Sequence[str]) -> list[Row
             if other is not None and row.strategy != baseline:
                 places.append(place)
                 family.append(paired(row.scores, other.scores))
-        for place, difference in zip(places, judged(family), strict=True):
+        for place, difference in zip(places, judged(family, rows[0].mode), strict=True):
             found[place][baseline] = difference
     return [replace(row, differences=differences) for row, differences in zip(rows, found, strict=True)]
 
@@ -318,6 +330,7 @@ def _verdict(mean: float, p: float) -> str:
 
 def _rank(density: Density, rows: Sequence[Row]) -> Ranking:
     unranked: dict[str, list[str]] = {}
+    mode = rows[0].mode
     left: list[Row] = []
     for row in sorted(rows, key=lambda r: r.strategy):
         if math.isnan(row.mean):
@@ -326,15 +339,31 @@ def _rank(density: Density, rows: Sequence[Row]) -> Ranking:
             unranked.setdefault("too few seeds", []).append(row.strategy)
         else:
             left.append(row)
-    pairs = list(combinations(left, 2))
+    seeds = _common(left)
+    while len(seeds) < FEWEST and left:
+        fewest = min(left, key=lambda row: (len(row.scores), -len(_common([r for r in left if r is not row]))))
+        unranked.setdefault("other seeds", []).append(fewest.strategy)
+        left.remove(fewest)
+        seeds = _common(left)
+    scores = {row.strategy: {seed: row.scores[seed] for seed in seeds} for row in left}
+    pairs = list(combinations(scores, 2))
     verdicts: dict[tuple[str, str], str] = {}
-    for (a, b), d in zip(pairs, judged([paired(a.scores, b.scores) for a, b in pairs]), strict=True):
-        verdicts[a.strategy, b.strategy] = d.verdict
-        verdicts[b.strategy, a.strategy] = {"better": "worse", "worse": "better"}.get(d.verdict, d.verdict)
+    for (a, b), d in zip(pairs, judged([paired(scores[a], scores[b]) for a, b in pairs], mode), strict=True):
+        verdicts[a, b] = d.verdict
+        verdicts[b, a] = {"better": "worse", "worse": "better"}.get(d.verdict, d.verdict)
     groups: list[list[str]] = []
-    while left:
-        best = max(left, key=lambda row: row.mean)
-        group = [r for r in left if r is best or verdicts[best.strategy, r.strategy] != "better"]
-        groups.append([row.strategy for row in group])
-        left = [row for row in left if row not in group]
+    names = list(scores)
+    while names:
+        best = (max if mode == "max" else min)(names, key=lambda name: sum(scores[name].values()))
+        group = [name for name in names if name == best or verdicts[best, name] == "no difference seen"]
+        groups.append(group)
+        alike = [name for name in names if name != best and verdicts[best, name] == "no spread"]
+        if alike:
+            unranked.setdefault(f"no spread against {best}", []).extend(alike)
+        names = [name for name in names if name not in group and name not in alike]
     return Ranking(density, groups, unranked)
+
+
+def _common(rows: Sequence[Row]) -> list[int]:
+    """The seeds that all rows have."""
+    return sorted(set.intersection(*(set(row.scores) for row in rows))) if rows else []

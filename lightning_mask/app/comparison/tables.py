@@ -29,6 +29,9 @@ verdict allows for the number of comparisons with that baseline in the task (Hol
 be "no difference seen"; it takes three seeds. In a ranking all pairs at a density are compared (Holm, 5 %); inside a group
 there is no order, and a later group was separated from the best of each earlier one, not from each of its members."""
 
+_AT_END = """\
+A rate with "at the end" is the largest or smallest of those that were tried: a further one may be better (tuning.widen)."""
+
 
 def markdown_table(results: Sequence[Mapping[str, Any]], task: str | None = None, against: str = "dense") -> str:
     """Return a table short enough for a README: a line for each strategy, a column for each density.
@@ -49,13 +52,16 @@ def markdown_table(results: Sequence[Mapping[str, Any]], task: str | None = None
     return "\n\n".join(_short(here, against, titled=task is None) for here in by_task(rows).values()) + "\n"
 
 
-def as_markdown(rows: Sequence[Row], baselines: Sequence[str], drawn: Sequence[str]) -> str:
-    """Return ``table.md``: for each task a line for each row and the rankings, then the pictures.
+def as_markdown(
+    rows: Sequence[Row], baselines: Sequence[str], drawn: Sequence[str], failed: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Return ``table.md``: for each task a line for each row, what failed, and the rankings; then the pictures.
 
     Args:
         rows: What :func:`~lightning_mask.app.comparison.statistics.summarise` returned.
         baselines: As for it.
         drawn: Names of the files of pictures.
+        failed: Results with an ``error``.
     """
     parts = []
     for task, here in by_task(rows).items():
@@ -65,15 +71,18 @@ def as_markdown(rows: Sequence[Row], baselines: Sequence[str], drawn: Sequence[s
         for row in here:
             bad, n = _not_finite(row), len(row.scores)
             line = [row.strategy, density_text(row.density), f"{n} ({bad} not finite)" if bad else f"{n}", _score(row)]
-            line += [_count(row.means.get("active")), ", ".join(f"{rate:g}" for rate in row.rates) or "–"]
+            line += [_count(row.means.get("active")), _rates(row)]
             line += [_seconds(row.means.get("seconds")), _bytes(row.means.get("optimizer_bytes"))]
             lines.append(line + [_gap(row.differences.get(baseline), n) for baseline in compared])
         parts += [f"## {task}", _markdown(lines)]
         absent = [b for b in baselines if all(row.strategy != b for row in here)]
         if absent:
             parts.append(f"No results of: {', '.join(absent)}.")
+        lost = [_lost(result) for result in failed if result["task"] == task]
+        if lost:
+            parts.append("\n".join(["Failed, and so in no mean:", "", *lost]))
         parts.append("\n".join(f"- {line}" for line in map(_ranking, rank(here))))
-    parts.append(_NOTES)
+    parts.append(_NOTES + (f" {_AT_END}" if any(row.at_end for row in rows) else ""))
     parts += [f"![{Path(name).stem}]({name})" for name in drawn]
     return "\n\n".join(parts) + "\n"
 
@@ -159,6 +168,17 @@ def _gap(d: Difference | None, seeds: int) -> str:
         return d.verdict
     interval = "" if math.isnan(d.low) else f" [{d.low:+.4f}, {d.high:+.4f}]"
     return f"{d.mean:+.4f}{interval} {d.verdict}" + (f" ({d.pairs} pairs)" if d.pairs != seeds else "")
+
+
+def _rates(row: Row) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in row.rates) or "–"
+    return f"{rates}, at the end" if row.at_end else rates
+
+
+def _lost(result: Mapping[str, Any]) -> str:
+    density = "" if result["density"] is None else f" at {density_text(result['density'])}"
+    seed = "" if result["seed"] is None else f", seed {result['seed']}"
+    return f"- {result['strategy']}{density}{seed}: {result['error']}"
 
 
 def _score(row: Row) -> str:
