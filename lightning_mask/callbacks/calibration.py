@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -101,13 +101,14 @@ def _copy_loaders(loaders: Any) -> Any:
 def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor | None:
     """Return the loss of one batch: from ``module.mask_loss(batch)`` where it is defined, else from its training step.
 
-    The training step runs with logging silenced and metrics kept as they are. None where it skips the batch.
+    The training step runs with logging silenced and metrics kept as they are. None where it skips the batch. It is in the
+    run's precision, except that ``16-mixed`` computes in float32: no scaler keeps small gradients from vanishing here.
 
     Raises:
         ValueError: If the module optimizes manually and has no ``mask_loss``, or what comes back is no loss.
     """
     own = getattr(module, "mask_loss", None)
-    with trainer.precision_plugin.forward_context(), isolate_rng():
+    with _precision(trainer), isolate_rng():
         if callable(own):
             loss = own(batch)
         elif module.automatic_optimization:
@@ -124,7 +125,7 @@ def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor 
 
 
 def sampled_loss(trainer: Trainer, module: LightningModule) -> Callable[[Any], Tensor | None] | None:
-    """Return ``module.mask_sampled_loss`` in the run's precision; None where the module defines none.
+    """Return ``module.mask_sampled_loss`` in the precision of :func:`batch_loss`; None where the module defines none.
 
     It maps a batch to the mean loss against labels that it draws, with torch's global random state, from the module's own
     predictions: what the Fisher information is made of.
@@ -134,10 +135,15 @@ def sampled_loss(trainer: Trainer, module: LightningModule) -> Callable[[Any], T
         return None
 
     def loss_of(batch: Any) -> Tensor | None:
-        with trainer.precision_plugin.forward_context():
+        with _precision(trainer):
             return _checked(module, own(batch))
 
     return loss_of
+
+
+def _precision(trainer: Trainer) -> AbstractContextManager[Any]:
+    plugin = trainer.precision_plugin
+    return nullcontext() if getattr(plugin, "scaler", None) is not None else plugin.forward_context()
 
 
 def _checked(module: LightningModule, loss: Any) -> Tensor | None:

@@ -320,7 +320,7 @@ class Session:
         self.engine.after_backward()
         if self.movement is not None:
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            self.movement.add(self.engine, 1.0 if scaler is None else float(scaler.get_scale()))
+            self.movement.add(self.engine, None if scaler is None else float(scaler.get_scale()))
 
     def validated(self) -> None:
         """Let the phases look at a monitored metric."""

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_mask.core.distributed import synchronised
 from lightning_mask.core.engine import MaskEngine
+from lightning_mask.core.optimizers import parameters_of
 from lightning_mask.core.sharding import local, shard
 
 
@@ -36,15 +38,23 @@ class Movement:
                 self.sums[name].copy_(shard(value.to(self.sums[name].device), parameters[name]))
 
     @torch.no_grad()
-    def add(self, engine: MaskEngine, scale: float = 1.0) -> None:
+    def add(self, engine: MaskEngine, scale: float | None = None) -> None:
         """Add one step, after backward and before the optimizer's step.
 
         Args:
             engine: After its ``after_backward``.
-            scale: By which the gradients are too large (that of a gradient scaler).
+            scale: That of a gradient scaler, by which the gradients are too large. It skips a step whose gradients are not
+                finite, and such a step is not added. None: there is no scaler.
         """
+        if scale is not None and synchronised(not _finite(engine), next(iter(self.sums.values())).device):
+            return
         self.steps += 1
         for name, total in self.sums.items():
             gradient = engine.gradient(name)
             if gradient is not None:
-                local(total).addcmul_(gradient.float(), local(engine.parameter(name)).float(), value=-1.0 / scale)
+                local(total).addcmul_(gradient.float(), local(engine.parameter(name)).float(), value=-1.0 / (scale or 1.0))
+
+
+def _finite(engine: MaskEngine) -> bool:
+    gradients = [p.grad for optimizer in engine.optimizers for p in parameters_of(optimizer) if p.grad is not None]
+    return all(bool(torch.isfinite(local(gradient)).all()) for gradient in gradients)

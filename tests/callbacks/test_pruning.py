@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from mask_nets import Net, Watch, fit, loader, weights
 from torch import Tensor, nn
 
@@ -54,6 +55,26 @@ def test_movement_is_summed_over_the_steps_of_training(engine: str) -> None:
                 p -= 0.1 * p.grad  # type: ignore[operator]
         assert all(torch.equal(seen[step][n], alive[n]) for n in SCOPE), step
     assert sum(int((~m).sum()) for m in alive.values()) == math.floor(0.6 * 288 + 0.5)
+
+
+def test_a_step_that_a_gradient_scaler_skips_is_no_movement() -> None:
+    """With so large a scale the first gradients are infinite in float16: the scaler skips these steps and lowers it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=1000)
+    net, watch = Net(make=sgd), Watch()
+    pruner = PruneMask(0.6, score="movement", scope=SCOPE, schedule="constant", start="10 steps", end="10 steps")
+    fit(net, pruner, watch, plugins=[MixedPrecision("16-mixed", device="cpu", scaler=scaler)])
+    skipped = [step for step in range(10) if not watch.moved_at(step)]
+    assert 0 < len(skipped) < 9
+    assert skipped == list(range(len(skipped)))
+    sums = {n: torch.zeros(12, 12) for n in SCOPE}
+    for step in range(len(skipped), 10):
+        for n in SCOPE:
+            before, after = watch.weights[step][n], watch.weights[step + 1][n]
+            sums[n] += (after - before) / 0.1 * before  # what plain SGD did is -lr * g
+    kept = torch.cat([(net.get_parameter(n) != 0).view(-1) for n in SCOPE])
+    worth = torch.cat([sums[n].view(-1) for n in SCOPE])
+    assert int(kept.sum()) == 115
+    assert float(worth[kept].min()) > float(worth[~kept].max()) - 1e-6
 
 
 def test_a_later_phase_selects_by_the_movement_of_the_earlier_one() -> None:
