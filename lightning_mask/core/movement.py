@@ -52,7 +52,9 @@ class Movement:
         for name, total in self.sums.items():
             gradient = engine.gradient(name)
             if gradient is not None:
-                local(total).addcmul_(gradient.float(), local(engine.parameter(name)).float(), value=-1.0 / (scale or 1.0))
+                local(total).addcmul_(
+                    gradient.float(), local(engine.parameter(name)).float(), value=-1.0 / (scale or 1.0)
+                )
 
 
 def _finite(engine: MaskEngine) -> bool:

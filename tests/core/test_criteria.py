@@ -56,6 +56,8 @@ ROOT = 2**0.5 / 5**0.5  # of the norms of the two batches' gradients, 5**0.5 and
         ("gradient", [[3.0, 2.0]], [2.0]),  # |2| + |-1|, |-1| + |-1|; |1| + |-1|: signs must not cancel
         ("fisher", [[2.5, 1.0]], [1.0]),  # (4 + 1) / 2, (1 + 1) / 2; (1 + 1) / 2
         ("child_tuning_d", [[2.5, 1.0]], [1.0]),
+        # Example by example dw, db: (4, 0), 4; (0, -2), -2; (-2, -2), -2; (0, 0), 0.
+        ("fisher_per_example", [[5.0, 2.0]], [6.0]),
         ("snip", [[1.0, 1.0]], [0.0]),  # the mean gradient is 0.5, -1; 0, and meets 2, -1; 0.5
         ("taylor", [[10.0, 1.0]], [0.25]),  # 2.5 * 4, 1 * 1; 1 * 0.25
         ("movement", [[-1.0, -1.0]], [0.0]),  # -0.5 * 2, 1 * -1
@@ -129,7 +131,7 @@ def assert_same(a: object, b: object) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("score", sorted(CRITERIA))
+@pytest.mark.parametrize("score", sorted({*CRITERIA} - {"head_activation"}))  # there are no heads
 @pytest.mark.parametrize("grad_enabled", [True, False])
 def test_the_model_is_left_as_it_was(score: str, grad_enabled: bool):
     torch.manual_seed(0)
@@ -151,7 +153,17 @@ def test_the_model_is_left_as_it_was(score: str, grad_enabled: bool):
         else:
             assert_same(now, then)
     assert [*scores] == [*scope]
-    if score in ("gradient", "fisher", "fisher_sampled", "snip", "taylor", "relative_gradient", "grad_variance"):
+    of_gradients = (
+        "gradient",
+        "fisher",
+        "fisher_per_example",
+        "fisher_sampled",
+        "snip",
+        "taylor",
+        "relative_gradient",
+        "grad_variance",
+    )
+    if score in of_gradients:
         assert scores["first.weight"].abs().sum() > 0, "a frozen tensor can be scored"
         assert scores["unused.weight"].abs().sum() == 0, "what the loss does not reach scores zero"
 
@@ -206,7 +218,8 @@ def test_low_precision_is_summed_in_float32():
     model = nn.Linear(4, 2).to(torch.bfloat16)
     batches = [(torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.bfloat16))] * 3
     ours = {score for score in CRITERIA if not is_own(score)}
-    for score in sorted(ours - {"fisher_sampled", "activation", "last_layers", "first_layers", "magnitude_lowest"}):
+    others = {"fisher_sampled", "activation", "head_activation", "last_layers", "first_layers", "magnitude_lowest"}
+    for score in sorted(ours - others):
         scope = {"weight": model.weight}
         dtype = compute(score, scope, context(model, batches, reference=scope))["weight"].dtype
         assert dtype == (torch.bfloat16 if score == "magnitude" else torch.float32), score

@@ -1,13 +1,17 @@
 import itertools
 from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lightning_mask.core import Context
 from lightning_mask.core.criteria import compute
+from lightning_mask.core.structures import heads
 
 
 def run(score: str, model: nn.Module, batches: Iterable[object], scope: str = "weight") -> dict[str, Tensor]:
@@ -102,6 +106,66 @@ def _padding(layer: nn.Conv2d, dim: int) -> tuple[int, int]:
     amount = layer.padding[dim]
     assert isinstance(amount, int)
     return amount, amount
+
+
+class Attention(nn.Module):
+    """Heads of width 2 that give on what they read as values; shared ones to all of their queries."""
+
+    def __init__(self, shared: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=shared)
+        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 2 * shared)
+        self.v_proj, self.o_proj = nn.Linear(8, 2 * shared, bias=False), nn.Linear(8, 3)
+        nn.init.eye_(self.v_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.v_proj(x).unflatten(-1, (-1, 2))
+        return self.o_proj(values.repeat_interleave(4 // values.shape[-2], dim=-2).flatten(-2))
+
+
+@pytest.mark.parametrize("shared", [4, 2])
+def test_head_activation_by_hand(shared: int):
+    # Two tokens: heads give (3, 4), (0, 1), (0, 0), (5, 12) and (0, 0), (1, 0), (8, 6), (0, 0).
+    x = torch.tensor([[3.0, 4.0, 0.0, 1.0, 0.0, 0.0, 5.0, 12.0], [0.0, 0.0, 1.0, 0.0, 8.0, 6.0, 0.0, 0.0]])
+    of_queries = [2.5, 1.0, 5.0, 6.5] if shared == 4 else [2.5, 2.5, 1.0, 1.0]
+    model = Attention(shared)
+    params = {n: p for n, p in model.named_parameters() if n != "o_proj.bias"}
+    context = Context(model, loss=lambda x: model(x).sum(), batches=lambda: [x[:1], x[1:]])
+    scores = compute("head_activation", params, context)
+    rows = torch.tensor(of_queries).repeat_interleave(2)
+    torch.testing.assert_close(scores["q_proj.weight"], rows.view(8, 1).expand(8, 8))
+    torch.testing.assert_close(scores["q_proj.bias"], rows)
+    torch.testing.assert_close(scores["o_proj.weight"], rows.expand(3, 8))
+    shared_rows = torch.tensor(of_queries[:: 4 // shared]).repeat_interleave(2)
+    torch.testing.assert_close(scores["k_proj.weight"], shared_rows.view(-1, 1).expand(2 * shared, 8))
+    torch.testing.assert_close(scores["v_proj.weight"], shared_rows.view(-1, 1).expand(2 * shared, 8))
+    with pytest.raises(ValueError, match=r"head_activation scores attention heads, and o_proj\.bias has none"):
+        compute("head_activation", dict(model.named_parameters()), context)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_head_activation_is_what_the_output_projection_of_a_model_reads(kind: str):
+    make: Any = {
+        "gpt2": lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=12, n_layer=2, n_head=3, vocab_size=20)),
+        "bert": lambda: transformers.BertModel(
+            transformers.BertConfig(
+                hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=8, vocab_size=20
+            )
+        ),
+    }[kind]
+    model, ids = make().eval(), torch.arange(10).view(2, 5)
+    scope = {n: p for n, p in model.named_parameters() if n in {name for group in heads(model) for name in group}}
+    name = {"gpt2": "h.1.attn.c_proj", "bert": "encoder.layer.1.attention.output.dense"}[kind]
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append(args[0].detach()))
+    context = Context(model, loss=lambda b: model(b).last_hidden_state.sum(), batches=lambda: [ids])
+    scores = compute("head_activation", scope, context)
+    handle.remove()
+    expected = seen[0].view(10, 3, 4).norm(dim=2).mean(0).repeat_interleave(4)
+    found = scores[f"{name}.weight"]
+    torch.testing.assert_close(
+        found, expected.view(12, 1).expand(12, 12) if kind == "gpt2" else expected.expand(12, 12)
+    )
 
 
 class Tied(nn.Module):

@@ -12,6 +12,12 @@ from torch import Tensor
 from lightning_mask.core.criteria import CRITERIA
 
 SCRIPT = Path(__file__).with_name("criteria_cases.py")
+SCORES = sorted({*CRITERIA} - {"head_activation"})  # the network has no heads; it sums as activation does
+REFUSED = {
+    "synflow": "synflow runs the network with other weights, which sharded",
+    "grasp": "grasp needs gradients of gradients, which sharded parameters do not",
+    "fisher_per_example": "fisher_per_example needs gradients of single examples, and those of sharded parameters",
+}
 Found = dict[str, dict[str, dict[str, Tensor]]]
 SUMMED = {"gradient": 0.5, "wanda": 0.5**0.5}
 """A sum over a rank's batches, averaged over two ranks, is half of that over all; wanda takes the root of one."""
@@ -37,20 +43,18 @@ def assert_ranks_agree(found: Found, score: str, ranks: str, alone: str, factor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", sorted(CRITERIA))
+@pytest.mark.parametrize("score", SCORES)
 def test_two_ranks_score_as_one_process_with_all_their_batches(found: Found, score: str) -> None:
     assert_ranks_agree(found, score, "rank", "one", SUMMED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", sorted({*CRITERIA} - {"grasp", "synflow"}))
+@pytest.mark.parametrize("score", sorted({*SCORES} - {*REFUSED}))
 def test_sharded_parameters_are_scored_as_whole_ones(found: Found, score: str) -> None:
     assert_ranks_agree(found, score, "sharded", "joined", JOINED)
 
 
 @pytest.mark.slow
 def test_what_sharded_parameters_cannot_give_is_said(found: Found) -> None:
-    assert "synflow runs the network with other weights, which sharded" in str(found["sharded0"]["synflow"])
-    assert str(found["sharded0"]["grasp"]).startswith(
-        "grasp needs gradients of gradients, which sharded parameters do not"
-    )
+    for score, said in REFUSED.items():
+        assert said in str(found["sharded0"][score])

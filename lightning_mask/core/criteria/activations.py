@@ -16,6 +16,7 @@ from lightning_mask.core.criteria.registry import Scores, criterion
 from lightning_mask.core.distributed import mean_over_ranks
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.sharding import shard
+from lightning_mask.core.structures import Tiles, heads
 from lightning_mask.core.transposed import is_conv1d
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -53,11 +54,11 @@ def activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``mean of |y_i|`` over all tokens or positions of all batches, given to every entry of output unit i.
 
     The output is that of the layer, before what follows it. For weights and biases of Linear, Conv1d to Conv3d and
-    transformers' Conv1D, and for structure=row or head: all entries of a row are equal.
+    transformers' Conv1D, and for structure=row: all entries of a row are equal. Heads are :func:`head_activation`.
 
-    Source: Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference" (2017), the mean
-    activation of section 2.2; Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation"
-    (2024) for heads and neurons.
+    Source: Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation" (2024), section 2.1, the
+    importance of neurons; Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference" (2017),
+    the mean activation of section 2.2, who take it behind the nonlinearity.
 
     Raises:
         ValueError: If a tensor in scope is not of such a layer, or its layer was not run.
@@ -72,6 +73,71 @@ def activation(params: Mapping[str, Tensor], context: Context) -> Scores:
         mean = (total / count).view([-1 if d == dim else 1 for d in range(p.dim())])
         scores[name] = shard(mean.expand(p.shape), p)
     return scores
+
+
+@criterion("head_activation")
+def head_activation(params: Mapping[str, Tensor], context: Context) -> Scores:
+    """``mean of ||a_h||`` over all tokens of all batches, a_h what attention head h gives to the output projection.
+
+    All entries of the head are given it: rows of query, key and value projections, columns of the output projection. Keys and
+    values that several query heads share get the mean of these. For structure=head and the tensors that it takes.
+
+    Source: Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation" (2024), section 2.1, the
+    importance of heads.
+
+    Raises:
+        ValueError: If a tensor in scope has no heads, or the output projection was not run as a layer.
+    """
+    model = context.model
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[str, tuple[str, Tiles]] = {}
+    sizes: dict[nn.Module, tuple[int, int]] = {}
+    layers: dict[str, list[nn.Module]] = {}
+    output = ""
+    for group in heads(model):
+        mine = ""
+        for name, tiles in group.items():
+            layer = modules[name.rpartition(".")[0]]
+            read = _heads_read(layer, tiles) if name.endswith("weight") else None
+            if read is not None:
+                mine, sizes[layer], layers[name] = name, read, [layer]
+        if mine or (output and all(_around(name) == _around(output) for name in group)):
+            output = mine or output  # keys and values that are shared are a group behind that of their queries
+            places |= {name: (output, tiles) for name, tiles in group.items()}
+    odd = next((name for name in params if name not in places), None)
+    if odd is not None:
+        raise ValueError(
+            f"head_activation scores attention heads, and {odd} has none; leave scope out with structure='head', or take it "
+            f"away with '!{odd}'."
+        )
+    layers = {output: layers[output] for output in dict.fromkeys(places[name][0] for name in params)}
+
+    def norms(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return x.float().reshape(-1, *sizes[layer]).norm(dim=-1).sum(0)
+
+    sums = _observe(norms, {layer: sizes[layer][:1] for (layer,) in layers.values()}, layers, context)
+    scores = {}
+    for name, p in params.items():
+        output, tiles = places[name]
+        total, count = sums[output]
+        (dim,) = tiles.dims
+        mean = (total / count).view(tiles.view[dim], -1).mean(1)
+        seen = mean.view([-1 if d == dim else 1 for d in range(len(tiles.view))]).expand(tiles.view)
+        scores[name] = shard(seen.reshape(p.shape), p)
+    return scores
+
+
+def _around(name: str) -> str:
+    """The module around that which a parameter is of."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
+def _heads_read(layer: nn.Module, tiles: Tiles) -> tuple[int, int] | None:
+    """Number and width of the heads that are the inputs of a layer; None: its weight is not of an output projection."""
+    if is_conv1d(layer):
+        return (tiles.view[0], tiles.view[1]) if tiles.dims == (0,) else None
+    is_output = isinstance(layer, nn.Linear) and len(tiles.view) == 3 and tiles.dims == (1,)
+    return (tiles.view[1], tiles.view[2]) if is_output else None
 
 
 def _weight(layer: nn.Module) -> Tensor:

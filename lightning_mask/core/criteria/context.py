@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_mask.core.criteria.examples import examples
 from lightning_mask.core.criteria.seeds import named_seed
 from lightning_mask.core.distributed import rank
 from lightning_mask.core.sharding import is_sharded
@@ -118,7 +119,9 @@ class Context:
         if not seen:
             raise ValueError("This criterion needs training batches, and the training data gave none.")
 
-    def gradients(self, params: Mapping[str, Tensor], loss: Loss | None = None) -> Iterator[dict[str, Tensor]]:
+    def gradients(
+        self, params: Mapping[str, Tensor], loss: Loss | None = None, *, split: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         """Yield, batch by batch, the gradient of the mean loss over ``params``; zeros where the loss does not reach.
 
         The model is in eval mode meanwhile; ``.grad``, ``requires_grad`` and every module's mode are as before after it.
@@ -127,10 +130,14 @@ class Context:
         Args:
             params: Name to parameter.
             loss: Another loss than the training's, for example :meth:`sampled_loss`.
+            split: Example by example instead, each a batch of one.
+
+        Raises:
+            ValueError: If a batch cannot be split.
         """
         tensors = list(params.values())
         every = list(self.model.parameters())  # before a forward, after which some may stay gathered
-        for value in self._losses(tensors, loss or self._maybe_loss):
+        for value in self._losses(tensors, loss or self._maybe_loss, split):
             yield _named(params, _gradients_of(value, tensors, every))
 
     def hessian_products(
@@ -151,10 +158,10 @@ class Context:
             none = [None] * len(tensors)  # a loss that is linear in every tensor
             yield _named(params, torch.autograd.grad(terms, tensors, allow_unused=True) if terms else none)
 
-    def _losses(self, tensors: list[Tensor], loss_of: Loss) -> Iterator[Tensor]:
+    def _losses(self, tensors: list[Tensor], loss_of: Loss, split: bool = False) -> Iterator[Tensor]:
         with _ready_for_gradients(self.model, tensors):
             seen = 0
-            for batch in self.batches:
+            for batch in self._examples() if split else self.batches:
                 with torch.enable_grad():
                     value = loss_of(batch)
                 if value is not None:
@@ -162,6 +169,10 @@ class Context:
                     yield value
             if not seen:
                 raise ValueError("This criterion needs training batches with a loss, and the training data gave none.")
+
+    def _examples(self) -> Iterator[object]:
+        for batch in self.batches:
+            yield from examples(batch)
 
 
 def _gradients_of(loss: Tensor, tensors: list[Tensor], parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:

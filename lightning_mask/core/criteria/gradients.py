@@ -63,14 +63,39 @@ def gradient(params: Mapping[str, Tensor], context: Context) -> Scores:
 def fisher(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``1/B * sum over batches of g_b^2``: the empirical Fisher information with squared *batch* gradients.
 
-    Source: Xu et al., "Raise a Child in Large Language Model" (Child-Tuning-D, 2021), equation (6), as its code takes it;
-    Sung et al., "Training Neural Networks with Fixed Sparse Masks" (FISH, 2021) squares the gradients of single examples
-    instead, which a batch size of 1 gives here.
+    Source: Xu et al., "Raise a Child in Large Language Model" (Child-Tuning-D, 2021), equation (6), as its code takes it. The
+    squares of single examples are :func:`fisher_per_example`.
     """
     return _mean(params, context, torch.square)
 
 
 criterion("child_tuning_d")(fisher)
+
+
+@criterion("fisher_per_example")
+def fisher_per_example(params: Mapping[str, Tensor], context: Context) -> Scores:
+    """``1/N * sum over examples of g_i^2``: the empirical Fisher information, of the N examples of all batches.
+
+    A backward pass for each example. A batch is split along dimension 0 of its tensors
+    (:func:`lightning_mask.core.criteria.examples.examples`).
+
+    Source: Sung et al., "Training Neural Networks with Fixed Sparse Masks" (FISH, 2021), the Fisher information with the labels
+    of the data.
+
+    Raises:
+        ValueError: If a batch cannot be split, or parameters are sharded.
+    """
+    if any(is_sharded(p) for p in params.values()):
+        raise ValueError(
+            "fisher_per_example needs gradients of single examples, and those of sharded parameters are means over ranks; "
+            "take score=fisher or fisher_sampled."
+        )
+    total, count = _zeros(params), 0
+    for grads in context.gradients(params, split=True):
+        count += 1
+        for name, g in grads.items():
+            total[name].addcmul_(g.float(), g.float())
+    return {name: value.div_(count) for name, value in total.items()}
 
 
 @criterion("fisher_sampled")
