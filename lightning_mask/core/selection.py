@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_mask.core import allocation, criteria, structures
 from lightning_mask.core.allocation import Budget
 from lightning_mask.core.choosing import choose, draw_random, share_out, transposed_among
 from lightning_mask.core.criteria import Context, Criterion
+from lightning_mask.core.distributed import rank
 from lightning_mask.core.maskset import MaskSet, full, own
 from lightning_mask.core.patterns import Patterns, as_patterns, resolve
 from lightning_mask.core.sharding import shard
@@ -151,15 +153,28 @@ class Selection:
         if names:
             shapes = {n: tuple(parameters[n].shape) for n in names}
             budgets = self.budgets(model, trainable)
-            if not sum(keep for _, keep in share_out(shapes, budgets, self.structure, self.allocation, model)):
+            groups = share_out(shapes, budgets, self.structure, self.allocation, model)
+            if not sum(keep for _, keep in groups):
                 total = sum(parameters[n].numel() for n in names)
                 of = f"any row of the {total:,}" if self.allocation == "row" else f"the {total:,}"
                 raise ValueError(
                     f"density={self.density!r} of {of} entries in scope is not one entry; raise it, or leave score "
                     "and density out."
                 )
+            if self.allocation == "row":
+                empty = [name for units, keep in groups if not keep for unit in units for name in unit]
+                self._warn_of_narrow_rows(empty, len(names))
         if self.mask is not None:
             self.given(model)
+
+    def _warn_of_narrow_rows(self, empty: list[str], of: int) -> None:
+        if empty and rank() == 0:
+            shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
+            warnings.warn(
+                f"allocation='row': density={self.density!r} is less than half an entry of a row of {shown}, so {len(empty)} of "
+                f"the {of} tensors in scope train nothing; raise it, give a number of entries, or take them out of scope.",
+                stacklevel=3,
+            )
 
     def given(self, model: nn.Module) -> MaskSet:
         """Return the mask set that was passed or read from its file, checked against ``model``.

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, open_dict
 
 from lightning_mask.app import auto
 from lightning_mask.app.auto import choose, wait_for
+from lightning_mask.app.auto.budget import exceeds
 from lightning_mask.app.auto.halving import Setting
 from lightning_mask.app.auto.settings import all_settings
 from lightning_mask.app.auto.trial import hold_out
@@ -319,6 +320,19 @@ def test_a_budget_leaves_out_what_exceeds_it_and_is_filled(config: Config) -> No
     for wrong in ("'10 apples'", "0", "1.5", "-3"):
         with pytest.raises(ValueError, match=r"mask\.budget="):
             settings_of(config(*common, f"mask.budget={wrong}"))
+
+
+def test_what_a_trial_shows_to_exceed_the_budget_is_not_chosen() -> None:
+    lifted = {"active": 50, "total": 1000, "phase_active": [{"active": {"a": 100, "b": 50}}, {"active": {"a": 50}}]}
+    assert exceeds(150, lifted) is None
+    assert exceeds(0.15, lifted) is None
+    assert exceeds(149, lifted) == "150 entries are more than the budget of 149"
+    assert exceeds(0.149, lifted) == "150 entries are more than the budget of 149"
+    assert exceeds("100 B", {**lifted, "optimizer_bytes": 101}) == (
+        "101 bytes of optimizer state are more than the budget of 100"
+    )
+    for budget, facts in ((None, lifted), ("100 B", lifted), (10, {})):
+        assert exceeds(budget, facts) is None
 
 
 def test_bad_input_is_refused_before_any_trial(

@@ -223,6 +223,9 @@ def test_low_precision_is_summed_in_float32():
         scope = {"weight": model.weight}
         dtype = compute(score, scope, context(model, batches, reference=scope))["weight"].dtype
         assert dtype == (torch.bfloat16 if score == "magnitude" else torch.float32), score
+    ones = [torch.ones(1, 4, dtype=torch.bfloat16)] * 300  # in bfloat16 a sum of ones stands still at 256
+    each = Context(model, loss=lambda x: model(x).sum(), batches=lambda: ones)
+    assert torch.equal(compute("gradient", {"weight": model.weight}, each)["weight"], torch.full((2, 4), 300.0))
 
 
 def test_nan_is_refused_by_name():

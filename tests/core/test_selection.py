@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -189,3 +190,14 @@ def test_n_of_m_lies_along_the_input_dimension_of_a_transposed_weight():
     assert across.view(2, 4, 6).sum(1).tolist() == [[2] * 6] * 2
     with pytest.raises(ValueError, match=r"w of shape \(6, 8\) has an input width of 6, which is not divisible by 4"):
         n_of_m({"w": torch.rand(6, 8)}, 2, 4, transposed={"w": 1})
+
+
+def test_rows_that_are_too_narrow_for_their_share_are_told_before_training():
+    net = nn.Sequential(nn.Linear(400, 3, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
+    with pytest.warns(UserWarning, match=r"half an entry of a row of 1\.weight, 2\.weight, so 2 of the 3 tensors"):
+        Selection(score="magnitude", density=0.01, allocation="row").check(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Selection(score="magnitude", density=0.5, allocation="row").check(net)
+        Selection(score="magnitude", density=7, allocation="row").check(net)
+        Selection(score="magnitude", density=0.01, allocation="uniform").check(net)

@@ -24,7 +24,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, open_dict
 
 from lightning_mask.app.auto.account import make_record, show
-from lightning_mask.app.auto.budget import bytes_of
 from lightning_mask.app.auto.halving import Outcome, Setting, halve, widen
 from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
 from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
@@ -150,7 +149,6 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
         settings, left_out = all_settings(cfg, auto, make_model(copy.deepcopy(cfg), data))
         held_out = hold_out(cfg, auto, data)
         del data
-        most = bytes_of(auto.budget) if isinstance(auto.budget, str) else None
         longest = cfg.trainer.get("max_steps")
 
         def run(setting: Setting, steps: int) -> Outcome:
@@ -162,7 +160,7 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
             key = digest(config)
             if key in done and folder.is_dir():
                 earlier += done[key]["wall_seconds"]
-                return outcome_of(auto, setting, steps, done[key], folder, most)
+                return outcome_of(auto, setting, steps, done[key], folder)
             done.pop(key, None)
             shutil.rmtree(folder, ignore_errors=True)  # of a trial that was killed
             result = run_quietly(config, folder)
@@ -170,7 +168,7 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
                 done[key] = result
                 write_json(unfinished, done)
             gc.collect()
-            return outcome_of(auto, setting, steps, result, folder, most)
+            return outcome_of(auto, setting, steps, result, folder)
 
         def passed() -> float:
             return earlier + time.time() - started

@@ -1,6 +1,7 @@
 """How many entries may train, and how many a strategy would."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,24 @@ def bytes_of(budget: str) -> int:
     if not found:
         raise ValueError(f"mask.budget={budget!r} must be bytes such as '10 MB', or a number or share of entries.")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def exceeds(budget: int | float | str | None, facts: Mapping[str, Any]) -> str | None:
+    """Return by how much a run went beyond the budget, in the phase with the most entries; None: it kept to it, or is not known.
+
+    Args:
+        budget: As of :func:`limit_of`.
+        facts: What :meth:`lightning_mask.callbacks.RunReport.results` returned.
+    """
+    if isinstance(budget, str):
+        taken, most, what = facts.get("optimizer_bytes"), bytes_of(budget), "bytes of optimizer state"
+    elif budget is not None and "active" in facts:
+        phases = [sum(phase["active"].values()) for phase in facts.get("phase_active", ())]
+        taken, what = max(facts["active"], *phases, 0), "entries"
+        most = share(budget, facts["total"]) if isinstance(budget, float) else budget
+    else:
+        return None
+    return None if taken is None or taken <= most else f"{taken:,} {what} are more than the budget of {most:,}"
 
 
 def _bytes_of_an_entry(cfg: DictConfig) -> float:

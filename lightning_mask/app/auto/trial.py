@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, open_dict
 from torch import Tensor
 
+from lightning_mask.app.auto.budget import exceeds
 from lightning_mask.app.auto.halving import Amount, Outcome, Setting
 from lightning_mask.app.auto.settings import Auto
 from lightning_mask.app.summary import write_json
@@ -158,9 +159,7 @@ def _made_by(block: Any) -> Any:
     return get_object(target) if target is not None else None
 
 
-def outcome_of(
-    auto: Auto, setting: Setting, steps: int, result: dict[str, Any], folder: Path, most: int | None
-) -> Outcome:
+def outcome_of(auto: Auto, setting: Setting, steps: int, result: dict[str, Any], folder: Path) -> Outcome:
     """Return what became of a setting.
 
     Args:
@@ -169,16 +168,14 @@ def outcome_of(
         steps: Optimizer steps.
         result: What :func:`lightning_mask.app.trials.run_quietly` returned.
         folder: Of the trial.
-        most: Bytes of optimizer state that a trial may take; None: no limit.
     """
     score, error, facts = result["metrics"].get(auto.monitor), result["error"], result["mask"]
     if error is None and auto.monitor not in result["metrics"]:
         error = f"{auto.monitor} was not logged; there are {', '.join(sorted(result['metrics']))}"
     elif error is None and (score is None or not math.isfinite(score)):
         score, error = None, f"{auto.monitor} is not finite"
-    size = facts.get("optimizer_bytes")
-    if most is not None and size is not None and size > most:
-        score, error = None, f"{size:,} bytes of optimizer state are more than the budget of {most:,}"
+    if (beyond := exceeds(auto.budget, facts)) is not None:
+        score, error = None, beyond
     return Outcome(
         setting=setting,
         steps=steps,
@@ -186,7 +183,7 @@ def outcome_of(
         error=error,
         seconds=result["wall_seconds"],
         entries=facts.get("active"),
-        optimizer_bytes=size,
+        optimizer_bytes=facts.get("optimizer_bytes"),
         seconds_per_step=facts.get("seconds_per_step", 0.0),
         losses=_losses(folder / _LOSSES) if error is None else None,
         folder=f"{folder.parent.name}/{folder.name}",
