@@ -35,13 +35,14 @@ class RunReport(AnyCallback):
         self._facts: dict[str, Any] = {}
         self._copies: dict[str, tuple[Tensor, Tensor]] = {}
         self._phase_active: dict[int, dict[str, int]] = {}
-        self._checked = self._changed = 0
+        self._checked = self._changed = self._most_active = 0
         self._seconds, self._steps, self._since = 0.0, 0, 0.0
 
     def results(self) -> dict[str, Any]:
         """Return the facts of the last fit.
 
-        Keys: ``active``, ``total`` (entries), ``density``, ``sparsity`` (of what PruneMask has in scope, None without),
+        Keys: ``active``, ``most_active`` (at any time), ``total`` (entries), ``density``, ``sparsity`` (of what PruneMask has in
+        scope, None without),
         ``held_checked``, ``held_changed`` (entries), ``steps``, ``seconds_per_step``, ``optimizer_bytes`` (of this rank's
         optimizer state), ``phases`` (the history), ``phase_active`` (of each phase, the active entries of each tensor as it
         ended), ``tensors`` (rows of the table).
@@ -65,7 +66,9 @@ class RunReport(AnyCallback):
             _print_table(rows_of(trainer, pl_module))
         session = session_of(trainer)
         if reason == "start":
-            self._phase_active = {}
+            self._phase_active, self._most_active = {}, 0
+        if session is not None:
+            self._most_active = max(self._most_active, session.active)
         if session is not None and session.phases is not None and trainer.is_global_zero:
             self._phase_active[session.phases.phase] = {r.name: r.active for r in rows_of(trainer, pl_module)}
         if self.check_held and session is not None and session.engine is not None:
@@ -99,6 +102,7 @@ class RunReport(AnyCallback):
         entries = sum(p.masks.numel() for p in pruned)
         self._facts = {
             "active": count,
+            "most_active": max(count, self._most_active),
             "total": total,
             "density": count / max(total, 1),
             "sparsity": 1 - sum(p.masks.count() for p in pruned) / entries if entries else None,

@@ -105,6 +105,11 @@ class Session:
         """Names of the tensors that required a gradient before this fit."""
         return {name for name, required in self._required.items() if required}
 
+    @property
+    def active(self) -> int:
+        """Number of entries that train."""
+        return int(self._facts["mask/active"])
+
     def run(self) -> Run:
         """Return the lengths that moments are measured against; known once the training data is set up."""
         total = self.trainer.estimated_stepping_batches

@@ -167,11 +167,30 @@ def check_n_of_m(name: str, shape: tuple[int, ...], m: int, groups: int = 0) -> 
         )
 
 
+def most_of(groups: Sequence[structures.Group], keep: int) -> int:
+    """Return how many entries the units of ``groups`` that come nearest to ``keep`` have; the most, where they differ in size.
+
+    Args:
+        groups: As :func:`share_out` returns them.
+        keep: Likewise.
+    """
+    sizes = [structures.unit_size(group) for group in groups]
+    each = [math.prod(structures.unit_shape(group)) for group in groups]
+    if len(set(sizes)) == 1:
+        return sizes[0] * _units(sizes[0], sum(each), keep)
+    total = sum(size * n for size, n in zip(sizes, each, strict=True))
+    return min(max(keep + max(sizes) // 2, max(sizes) if keep else 0), total)
+
+
+def _units(size: int, of: int, keep: int) -> int:
+    """How many of ``of`` units of one size come nearest to ``keep`` entries: the fewer of two that come as near, at least one."""
+    return min(max((2 * keep + size - 1) // (2 * size), min(keep, 1)), of)
+
+
 def _best(units: Sequence[Tensor], sizes: Sequence[int], keep: int) -> list[Tensor]:
     """Masks of the best units whose entries together come nearest to ``keep``."""
     if len(set(sizes)) == 1:
-        count = (2 * keep + sizes[0] - 1) // (2 * sizes[0])  # the fewer of two that come as near
-        return top_k(units, min(max(count, min(keep, 1)), sum(u.numel() for u in units)))
+        return top_k(units, _units(sizes[0], sum(u.numel() for u in units), keep))
     scores = torch.cat([whole(u).reshape(-1).float().cpu() for u in units])
     widths = torch.cat([torch.full((u.numel(),), s) for u, s in zip(units, sizes, strict=True)])
     order = torch.argsort(scores, descending=True, stable=True)

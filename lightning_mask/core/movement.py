@@ -59,4 +59,5 @@ class Movement:
 
 def _finite(engine: MaskEngine) -> bool:
     gradients = [p.grad for optimizer in engine.optimizers for p in parameters_of(optimizer) if p.grad is not None]
-    return all(bool(torch.isfinite(local(gradient)).all()) for gradient in gradients)
+    values = [g.coalesce().values() if g.is_sparse else local(g) for g in gradients]
+    return all(bool(torch.isfinite(value).all()) for value in values)

@@ -171,8 +171,8 @@ class Selection:
         if empty and rank() == 0:
             shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
             warnings.warn(
-                f"allocation='row': density={self.density!r} is less than half an entry of a row of {shown}, so {len(empty)} of "
-                f"the {of} tensors in scope train nothing; raise it, give a number of entries, or take them out of scope.",
+                f"allocation='row' with density={self.density!r} keeps no entry of {shown}, so {len(empty)} of the {of} tensors "
+                "in scope train nothing; raise density, or take them out of scope.",
                 stacklevel=3,
             )
 

@@ -220,10 +220,16 @@ def heads(model: nn.Module) -> list[Group]:
     that of the nearest module around it with a ``config.num_attention_heads``. A layer whose shapes contradict its
     numbers is left out.
     """
+    return [group for layer in attention_layers(model) for group in layer]
+
+
+def attention_layers(model: nn.Module) -> list[list[Group]]:
+    """Return the groups of :func:`heads` layer by layer: that of the query heads, then that of shared keys and values."""
     names = {id(p): name for name, p in model.named_parameters()}
     modules = dict(model.named_modules())
-    groups: list[Group] = []
+    layers: list[list[Group]] = []
     for path, module in modules.items():
+        groups: list[Group] = []
         for parts in _attention(path, module, modules):
             group: Group = {}
             for tensor, dim, sizes, counts in parts:
@@ -232,7 +238,8 @@ def heads(model: nn.Module) -> list[Group]:
                     shape = tuple(tensor.shape)
                     group[name] = Tiles((*shape[:dim], *sizes, *shape[dim + 1 :]), (dim + counts,))
             groups += [group] if group else []
-    return groups
+        layers += [groups] if groups else []
+    return layers
 
 
 def _attention(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[list[_Part]]:

@@ -315,6 +315,19 @@ def test_a_budget_leaves_out_what_exceeds_it_and_is_filled(config: Config) -> No
         config(*common, "mask.budget='0.001 MB'", "optimizer=sgd", "optimizer.momentum=0.0", "optimizer.nesterov=false")
     )
     assert not left_out  # no state at all
+    phases = [
+        f"+mask.candidates.{name}={{mask:{name}}}" for name in ("mask_then_lift", "gradual_unfreeze", "child_tuning_f")
+    ]
+    _, left_out = settings_of(config(*common, *phases, "mask.budget=400"))
+    assert {row["name"].split()[0] for row in left_out} == {
+        "none", "mask_then_lift", "gradual_unfreeze", "child_tuning_f"
+    }  # fmt: skip
+    units = "{structure:row,scope:[net.layers.2.*.conv2.weight]}"
+    rows = f"+mask.candidates.rows={{mask:gradient,with:{units},densities:[0.9]}}"
+    for budget in (400, 480, 700, 740, 750):  # a row has 144 entries
+        settings, _ = settings_of(config(*common, rows, f"mask.budget={budget}"))
+        (filled,) = [s for s in settings if s.strategy == "rows"]
+        assert filled.entries == HEAD + (budget - HEAD) // 144 * 144
     with pytest.raises(ValueError, match=r"less than any candidate needs: head trains 170.*net\.classifier"):
         settings_of(config(*common, "mask.budget=100"))
     for wrong in ("'10 apples'", "0", "1.5", "-3"):
@@ -323,7 +336,7 @@ def test_a_budget_leaves_out_what_exceeds_it_and_is_filled(config: Config) -> No
 
 
 def test_what_a_trial_shows_to_exceed_the_budget_is_not_chosen() -> None:
-    lifted = {"active": 50, "total": 1000, "phase_active": [{"active": {"a": 100, "b": 50}}, {"active": {"a": 50}}]}
+    lifted = {"active": 50, "most_active": 150, "total": 1000}
     assert exceeds(150, lifted) is None
     assert exceeds(0.15, lifted) is None
     assert exceeds(149, lifted) == "150 entries are more than the budget of 149"

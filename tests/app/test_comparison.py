@@ -138,13 +138,21 @@ def test_a_ranking_has_groups_without_order_inside() -> None:
     assert "- 1 %: no difference seen among: alpha, zeta; then low; not finite: lost; too few seeds: short." in text
 
 
-def test_a_ranking_is_by_the_seeds_that_all_have() -> None:
+def test_a_ranking_is_by_the_seeds_that_each_pair_has() -> None:
     far = runs("far", {0: 0.70, 1: 0.711, 2: 0.722}, 0.01)
     lucky = {0: 0.80, 1: 0.81, 2: 0.82, 3: 0.40, 4: 0.41}  # its mean is below that of far
     (found,) = rank(summarise([*runs("lucky", lucky, 0.01), *far]))
     assert found.groups == [["lucky"], ["far"]]
-    (found,) = rank(summarise([*runs("elsewhere", {3: 0.80, 4: 0.81, 5: 0.82}, 0.01), *far]))
-    assert (found.groups, found.unranked) == ([["far"]], {"other seeds": ["elsewhere"]})
+    apart = runs("elsewhere", {2: 0.80, 3: 0.81, 4: 0.82, 5: 0.83}, 0.01)
+    (found,) = rank(summarise([*apart, *far, *runs("near", {0: 0.5, 1: 0.512, 2: 0.521}, 0.01)]))
+    assert (found.groups, found.unranked) == ([["far"], ["near"]], {"other seeds": ["elsewhere"]})
+    # One with few seeds takes none from the others: ten pairs separate good from dense, and the first three would not.
+    noise = [0.0, 0.03, 0.04, -0.02, 0.01, -0.03, 0.02, -0.01, 0.0, 0.01]
+    dense, good = ({i: m + s * e for i, e in enumerate(noise)} for m, s in ((0.70, 1.0), (0.76, -1.0)))
+    three = {seed: dense[seed] - 0.01 * (1 + seed % 2) for seed in (0, 1, 2)}
+    (found,) = rank(summarise([*runs("dense", dense), *runs("good", good, 0.01), *runs("late", three, 0.01)]))
+    assert found.groups[0][0] == "good"
+    assert "dense" not in found.groups[0]
     same = {seed: score + 0.25 for seed, score in DENSE.items()}
     (found,) = rank(summarise([*runs("same", same, 0.01), *runs("dense", DENSE, 0.01)]))
     assert (found.groups, found.unranked) == ([["same"]], {"no spread against same": ["dense"]})
@@ -170,6 +178,10 @@ def test_what_failed_and_a_rate_at_the_end_are_said(tmp_path: Path) -> None:
     assert "\n- fisher at 10 %, seed 2: OSError: gone\n- snip at 10 %: no memory\n" in text
     assert 'A rate with "at the end"' in text
     assert "at the end" not in report(runs("dense", DENSE), tmp_path).read_text()
+    assert markdown_table(results).count("\n| fisher |") == 1
+    results.append(result("dense", 0, None, task="reviews", error="no data"))
+    text = report(results, tmp_path).read_text()
+    assert "## reviews\n\nFailed, and so in no mean:\n\n- dense, seed 0: no data\n" in text
     with pytest.raises(ValueError, match="no result"):
         report(results[-2:], tmp_path)
 

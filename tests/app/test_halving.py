@@ -52,7 +52,7 @@ def test_halving_keeps_to_its_minutes() -> None:
     assert rungs(0.1) == ([*first, ("f", 2), ("c", 2), ("d", 2), ("f", 4), ("c", 4)], [])
     assert rungs(0.1, 2) == ([*first, ("f", 2), ("c", 2), ("d", 2)], [])
     assert rungs(0.1, eta=3) == ([*first, ("f", 3), ("c", 3)], [])
-    # 30 s for the first rung; then no time for two
+    # 30 s for the first rung; of the two that have a score one would go on, which nothing could be compared with
     assert rungs(10.0) == (first[:3], first[3:])
     assert rungs(6.0, eta=3) == (first[:5], [("f", 1), ("c", 3), ("d", 3)])
     assert rungs(7.0) == ([*first[:4], ("c", 2), ("d", 2)], first[4:])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from mask_nets import Net, trainer
 from mask_nets import loader as batches
 from torch import Tensor, nn
@@ -61,6 +62,23 @@ def test_calibration_for_a_criterion_leaves_training_as_it_was() -> None:
         trainer(everything, max_steps=4).fit(net, batches())
         for (name, value), expected in zip(net.state_dict().items(), plain.state_dict().values(), strict=True):
             assert torch.equal(value, expected), (score, name)
+
+
+def test_gradients_that_float16_would_lose_are_scored() -> None:
+    """A scaler keeps them in training; scores have none, and so are computed in float32."""
+
+    class Small(Net):
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch) * 1e-7
+
+    masks = {}
+    for precision in ("32-true", "16-mixed"):
+        mask = FreezeMask(score="gradient", density=30, scope=LINEAR, batches=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        mixed = {"plugins": [MixedPrecision("16-mixed", device="cpu", scaler=scaler)]} if "mixed" in precision else {}
+        trainer(mask, max_steps=1, **mixed).fit(Small(), batches())
+        masks[precision] = mask.masks
+    assert masks["32-true"].hash() == masks["16-mixed"].hash()
 
 
 def test_the_change_since_the_start_becomes_the_mask_of_a_later_phase() -> None:

@@ -139,8 +139,15 @@ def test_head_activation_by_hand(shared: int):
     shared_rows = torch.tensor(of_queries[:: 4 // shared]).repeat_interleave(2)
     torch.testing.assert_close(scores["k_proj.weight"], shared_rows.view(-1, 1).expand(2 * shared, 8))
     torch.testing.assert_close(scores["v_proj.weight"], shared_rows.view(-1, 1).expand(2 * shared, 8))
-    with pytest.raises(ValueError, match=r"head_activation scores attention heads, and o_proj\.bias has none"):
+    with pytest.raises(ValueError, match=r"head_activation scores attention heads .* and o_proj\.bias is of none"):
         compute("head_activation", dict(model.named_parameters()), context)
+
+
+def test_head_activation_tells_what_no_called_layer_reads():
+    model = nn.MultiheadAttention(4, 2, batch_first=True)
+    context = Context(model, loss=lambda x: model(x, x, x)[0].sum(), batches=lambda: [torch.ones(1, 2, 4)])
+    with pytest.raises(ValueError, match=r"in_proj_weight is of none; take it away with '!in_proj_weight'"):
+        compute("head_activation", {"in_proj_weight": model.in_proj_weight}, context)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])

@@ -27,6 +27,7 @@ class Drawn:
 
 def test_every_tensor_gives_each_example_a_slice() -> None:
     batch = {"x": X, "more": (Y, [X, None]), "names": ["a", "b", "c"], "scale": 2.0}
+    batch |= {"size": (8, 8, 8), "of": Pair("a", "b"), "ids": Y.numpy()}
     found = examples(batch)
     assert len(found) == 3
     for i, one in enumerate(found):
@@ -35,6 +36,7 @@ def test_every_tensor_gives_each_example_a_slice() -> None:
         assert torch.equal(one["more"][1][0], X[i : i + 1])
         assert isinstance(one["more"], tuple)
         assert (one["more"][1][1], one["names"], one["scale"]) == (None, ["abc"[i]], 2.0)
+        assert (one["size"], one["of"], one["ids"].tolist()) == ((8, 8, 8), Pair("a", "b"), [i])
     assert torch.equal(batch["x"], X), "the batch itself is as it was"
     assert [one.tolist() for one in examples(Y)] == [[0], [1], [2]]
 

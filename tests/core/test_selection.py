@@ -194,7 +194,7 @@ def test_n_of_m_lies_along_the_input_dimension_of_a_transposed_weight():
 
 def test_rows_that_are_too_narrow_for_their_share_are_told_before_training():
     net = nn.Sequential(nn.Linear(400, 3, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
-    with pytest.warns(UserWarning, match=r"half an entry of a row of 1\.weight, 2\.weight, so 2 of the 3 tensors"):
+    with pytest.warns(UserWarning, match=r"keeps no entry of 1\.weight, 2\.weight, so 2 of the 3 tensors"):
         Selection(score="magnitude", density=0.01, allocation="row").check(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

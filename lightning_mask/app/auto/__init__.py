@@ -186,11 +186,7 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
             passed=passed,
         )
         widen(rungs, run, most=auto.widen, mode=auto.mode, minutes=auto.minutes, passed=passed)
-    left_out += [
-        {"name": s.name, "why": f"there was no time for {steps} steps: raise mask.minutes, or lower mask.steps"}
-        for s, steps in no_time
-    ]
-    record = make_record(auto, cfg, rungs, left_out, where, passed())
+    record = make_record(auto, cfg, rungs, no_time, left_out, where, passed())
     show(record, auto)
     return record
 

@@ -8,14 +8,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mask.app.auto.halving import Outcome, decisive, difference, listed, number, pick, rank
+from lightning_mask.app.auto.halving import Outcome, Setting, decisive, difference, listed, number, pick, rank
 from lightning_mask.app.auto.settings import Auto
+
+_MORE = "time: raise mask.minutes, or lower mask.steps"
 
 
 def make_record(
     auto: Auto,
     cfg: DictConfig,
     rungs: Sequence[Sequence[Outcome]],
+    no_time: Sequence[tuple[Setting, int]],
     left_out: list[dict[str, str]],
     held_out: str,
     seconds: float,
@@ -26,7 +29,8 @@ def make_record(
         auto: What was tried.
         cfg: The composed root config.
         rungs: Outcomes, rung by rung.
-        left_out: ``name`` and ``why`` of what was not tried.
+        no_time: Settings that there was no time for, with the steps that they would have had next.
+        left_out: ``name`` and ``why`` of what else was not tried.
         held_out: Where the examples that trials were judged by are from.
         seconds: Wall-clock seconds of all.
 
@@ -52,7 +56,9 @@ def make_record(
         "budget": auto.budget,
         "eta": auto.eta,
         "rungs": [{"steps": rung[0].steps, "trials": _rows(rung, auto)} for rung in rungs],
-        "left_out": left_out,
+        "not_continued": [{"name": s.name, "steps": steps} for s, steps in no_time if steps != rungs[0][0].steps],
+        "left_out": left_out
+        + [{"name": s.name, "why": f"there was no {_MORE}"} for s, steps in no_time if steps == rungs[0][0].steps],
     }
 
 
@@ -80,6 +86,10 @@ def _rows(rung: Sequence[Outcome], auto: Auto) -> list[dict[str, Any]]:
     return rows
 
 
+def _few(names: Sequence[str]) -> str:
+    return listed(names if len(names) < 5 else [*names[:3], f"{len(names) - 3} more"])
+
+
 def show(record: dict[str, Any], auto: Auto) -> None:
     """Print the trials and the choice.
 
@@ -104,7 +114,8 @@ def show(record: dict[str, Any], auto: Auto) -> None:
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)
     for why in dict.fromkeys(row["why"] for row in record["left_out"]):
-        names = [row["name"] for row in record["left_out"] if row["why"] == why]
-        shown = names if len(names) < 5 else [*names[:3], f"{len(names) - 3} more"]
-        print(f"left out: {listed(shown)}: {why}")
+        print(f"left out: {_few([row['name'] for row in record['left_out'] if row['why'] == why])}: {why}")
+    for steps in dict.fromkeys(row["steps"] for row in record["not_continued"]):
+        names = _few([row["name"] for row in record["not_continued"] if row["steps"] == steps])
+        print(f"not tried for {steps} steps: {names}: there was no {_MORE}")
     print(f"mask=auto chose {record['choice']['reason']} It took {record['seconds']:.0f} s.")

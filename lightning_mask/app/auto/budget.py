@@ -9,10 +9,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from lightning_mask import FreezeMask
+from lightning_mask import FreezeMask, PhaseUnfreeze
+from lightning_mask.callbacks import GradientMask
 from lightning_mask.core.allocation import share
-from lightning_mask.core.choosing import share_out
+from lightning_mask.core.choosing import most_of, share_out
 from lightning_mask.core.patterns import resolve
+from lightning_mask.core.selection import Selection
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -53,7 +55,7 @@ def bytes_of(budget: str) -> int:
 
 
 def exceeds(budget: int | float | str | None, facts: Mapping[str, Any]) -> str | None:
-    """Return by how much a run went beyond the budget, in the phase with the most entries; None: it kept to it, or is not known.
+    """Return by how much a run went beyond the budget when the most entries trained; None: it kept to it, or is not known.
 
     Args:
         budget: As of :func:`limit_of`.
@@ -61,9 +63,8 @@ def exceeds(budget: int | float | str | None, facts: Mapping[str, Any]) -> str |
     """
     if isinstance(budget, str):
         taken, most, what = facts.get("optimizer_bytes"), bytes_of(budget), "bytes of optimizer state"
-    elif budget is not None and "active" in facts:
-        phases = [sum(phase["active"].values()) for phase in facts.get("phase_active", ())]
-        taken, what = max(facts["active"], *phases, 0), "entries"
+    elif budget is not None and "most_active" in facts:
+        taken, what = facts["most_active"], "entries"
         most = share(budget, facts["total"]) if isinstance(budget, float) else budget
     else:
         return None
@@ -85,15 +86,24 @@ def _bytes_of_an_entry(cfg: DictConfig) -> float:
 def entries(callback: Any, model: nn.Module) -> int | None:
     """Return how many entries a callback lets train, from its patterns and shares alone; None: that takes a run.
 
+    Of phases, those of the one with the most. Where units differ in size, the most that it can be.
+
     Args:
         callback: The mask; None: all trains.
         model: Whose entries.
     """
-    if callback is None:
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not isinstance(callback, FreezeMask):
-        return None
-    selection = callback.selection
+    everything = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if callback is None or isinstance(callback, GradientMask):
+        return everything
+    if isinstance(callback, PhaseUnfreeze):
+        each = [phase.selection for phase in callback.phases]
+        if not each or any(selection.empty for selection in each):  # "gradual" ends with everything
+            return everything
+        return max(_selected(selection, model) for selection in each)
+    return _selected(callback.selection, model) if isinstance(callback, FreezeMask) else None
+
+
+def _selected(selection: Selection, model: nn.Module) -> int:
     selection.check(model)
     if selection.mask is not None:
         return selection.given(model).count()
@@ -103,4 +113,4 @@ def entries(callback: Any, model: nn.Module) -> int | None:
         return whole
     shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
     groups = share_out(shapes, selection.budgets(model), selection.structure, selection.allocation, model)
-    return whole + sum(keep for _, keep in groups)
+    return whole + sum(most_of(units, keep) for units, keep in groups)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Auto:
         held_out: Number (int, at most a fifth) or share (float) of the training examples that trials are judged by.
         monitor: Logged figure of the held-out examples that they are judged by.
         mode: "min" or "max".
-        batches: Training batches shown to each criterion; None: as the candidates say.
+        batches: Training batches shown to each criterion, where a candidate does not say so itself; None: as the strategies say.
         seed: Of the trials and of what is held out.
 
     Raises:
@@ -127,7 +128,7 @@ def _of_candidate(
         if key not in block:
             raise ValueError(f"mask={candidate['mask']} has no value {key!r}: it has {', '.join(block)}.")
         block[key] = value
-    if auto.batches is not None and "batches" in block:
+    if auto.batches is not None and "batches" in block and "batches" not in (candidate.get("with") or {}):
         block["batches"] = auto.batches
     own = block.get("density")
     densities: list[Any] = [None]
@@ -158,10 +159,16 @@ def _filling(
     """The density, as a number of entries, that fills the budget, where the listed ones exceed it."""
     whole = _count({**block, "score": None, "scope": None}, None, cfg, model) if block.get("train") else 0
     rest = limit - (whole or 0)
-    if rest < 1:
-        return {}
-    filling = _count(block, rest, cfg, model)
-    return {rest: filling} if filling is not None and filling <= limit and filling not in counted.values() else {}
+
+    def count(number: int) -> int:
+        return _count(block, number, cfg, model) or 0
+
+    if (
+        rest >= 1 and count(rest) > limit
+    ):  # units larger than an entry come nearest to more: the largest number that fits
+        rest = bisect_right(range(1, rest), limit, key=count)
+    filling = count(rest) if rest >= 1 else 0
+    return {rest: filling} if filling and filling not in counted.values() else {}
 
 
 def _or(own: Any, common: Any) -> list[Any]:

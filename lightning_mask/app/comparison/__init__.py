@@ -85,7 +85,7 @@ def report(results: Sequence[Mapping[str, Any]], folder: Path, baselines: Sequen
     from lightning_mask.app.comparison import pictures
 
     failed = [result for result in results if result.get("error") is not None]
-    rows = summarise([result for result in results if result.get("error") is None], baselines)
+    rows = summarise(results, baselines)
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "table.md"
     _write(folder / "table.csv", as_csv(rows, baselines))

@@ -10,9 +10,9 @@ How the numbers come about:
   one false verdict or more in it at 5 %. So an interval may lie beside zero and the verdict still be "no difference seen".
 * There is no verdict from fewer than three seeds, nor from differences that are the same in every seed: their spread of
   zero is the grain of the metric, not its noise.
-* A ranking is over all pairs at one density, again with Holm, by the seeds that all of them have. It names groups: the best
+* A ranking is over all pairs at one density, each over the seeds that both have, again with Holm. It names groups: the best
   and what the seeds do not separate from it, then the same among the rest. Inside a group there is no order. A strategy
-  that lacks seeds of the others, so that fewer than three would be left, gets no place.
+  that has fewer than three seeds in common with others gets no place.
 """
 
 import math
@@ -134,6 +134,7 @@ def summarise(results: Sequence[Mapping[str, Any]], baselines: Sequence[str] = B
     Raises:
         ValueError: As for :func:`lightning_mask.app.comparison.report`.
     """
+    results = [result for result in results if result.get("error") is None]
     _check(results)
     runs: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in results:
@@ -339,22 +340,24 @@ def _rank(density: Density, rows: Sequence[Row]) -> Ranking:
             unranked.setdefault("too few seeds", []).append(row.strategy)
         else:
             left.append(row)
-    seeds = _common(left)
-    while len(seeds) < FEWEST and left:
-        fewest = min(left, key=lambda row: (len(row.scores), -len(_common([r for r in left if r is not row]))))
-        unranked.setdefault("other seeds", []).append(fewest.strategy)
-        left.remove(fewest)
-        seeds = _common(left)
-    scores = {row.strategy: {seed: row.scores[seed] for seed in seeds} for row in left}
-    pairs = list(combinations(scores, 2))
+    while left:
+        apart = {row.strategy: sum(len(row.scores.keys() & r.scores.keys()) < FEWEST for r in left) for row in left}
+        odd = max(left, key=lambda row: (apart[row.strategy], -len(row.scores), row.strategy))
+        if not apart[odd.strategy]:
+            break
+        unranked.setdefault("other seeds", []).append(odd.strategy)
+        left.remove(odd)
+    means = {row.strategy: row.mean if mode == "max" else -row.mean for row in left}
+    pairs = list(combinations(left, 2))
     verdicts: dict[tuple[str, str], str] = {}
-    for (a, b), d in zip(pairs, judged([paired(scores[a], scores[b]) for a, b in pairs], mode), strict=True):
-        verdicts[a, b] = d.verdict
-        verdicts[b, a] = {"better": "worse", "worse": "better"}.get(d.verdict, d.verdict)
+    for (a, b), d in zip(pairs, judged([paired(a.scores, b.scores) for a, b in pairs], mode), strict=True):
+        verdicts[a.strategy, b.strategy] = d.verdict
+        verdicts[b.strategy, a.strategy] = {"better": "worse", "worse": "better"}.get(d.verdict, d.verdict)
     groups: list[list[str]] = []
-    names = list(scores)
+    names = list(means)
     while names:
-        best = (max if mode == "max" else min)(names, key=lambda name: sum(scores[name].values()))
+        unbeaten = [name for name in names if all(verdicts.get((name, other)) != "worse" for other in names)]
+        best = max(unbeaten or names, key=lambda name: means[name])
         group = [name for name in names if name == best or verdicts[best, name] == "no difference seen"]
         groups.append(group)
         alike = [name for name in names if name != best and verdicts[best, name] == "no spread"]
@@ -362,8 +365,3 @@ def _rank(density: Density, rows: Sequence[Row]) -> Ranking:
             unranked.setdefault(f"no spread against {best}", []).extend(alike)
         names = [name for name in names if name not in group and name not in alike]
     return Ranking(density, groups, unranked)
-
-
-def _common(rows: Sequence[Row]) -> list[int]:
-    """The seeds that all rows have."""
-    return sorted(set.intersection(*(set(row.scores) for row in rows))) if rows else []

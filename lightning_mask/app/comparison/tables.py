@@ -78,10 +78,10 @@ def as_markdown(
         absent = [b for b in baselines if all(row.strategy != b for row in here)]
         if absent:
             parts.append(f"No results of: {', '.join(absent)}.")
-        lost = [_lost(result) for result in failed if result["task"] == task]
-        if lost:
-            parts.append("\n".join(["Failed, and so in no mean:", "", *lost]))
+        parts += _lost([result for result in failed if result["task"] == task])
         parts.append("\n".join(f"- {line}" for line in map(_ranking, rank(here))))
+    for task in dict.fromkeys(result["task"] for result in failed if all(row.task != result["task"] for row in rows)):
+        parts += [f"## {task}", *_lost([result for result in failed if result["task"] == task])]
     parts.append(_NOTES + (f" {_AT_END}" if any(row.at_end for row in rows) else ""))
     parts += [f"![{Path(name).stem}]({name})" for name in drawn]
     return "\n\n".join(parts) + "\n"
@@ -175,10 +175,13 @@ def _rates(row: Row) -> str:
     return f"{rates}, at the end" if row.at_end else rates
 
 
-def _lost(result: Mapping[str, Any]) -> str:
-    density = "" if result["density"] is None else f" at {density_text(result['density'])}"
-    seed = "" if result["seed"] is None else f", seed {result['seed']}"
-    return f"- {result['strategy']}{density}{seed}: {result['error']}"
+def _lost(failed: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for result in failed:
+        density = "" if result["density"] is None else f" at {density_text(result['density'])}"
+        seed = "" if result["seed"] is None else f", seed {result['seed']}"
+        lines.append(f"- {result['strategy']}{density}{seed}: {result['error']}")
+    return ["\n".join(["Failed, and so in no mean:", "", *lines])] if lines else []
 
 
 def _score(row: Row) -> str:

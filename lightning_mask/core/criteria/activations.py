@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.criteria.registry import Scores, criterion
 from lightning_mask.core.distributed import mean_over_ranks
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.sharding import shard
-from lightning_mask.core.structures import Tiles, heads
+from lightning_mask.core.structures import Tiles, attention_layers
 from lightning_mask.core.transposed import is_conv1d
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -93,22 +94,19 @@ def head_activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     places: dict[str, tuple[str, Tiles]] = {}
     sizes: dict[nn.Module, tuple[int, int]] = {}
     layers: dict[str, list[nn.Module]] = {}
-    output = ""
-    for group in heads(model):
-        mine = ""
-        for name, tiles in group.items():
+    for groups in attention_layers(model):
+        tensors = {name: tiles for group in groups for name, tiles in group.items()}
+        for name, tiles in tensors.items():
             layer = modules[name.rpartition(".")[0]]
             read = _heads_read(layer, tiles) if name.endswith("weight") else None
             if read is not None:
-                mine, sizes[layer], layers[name] = name, read, [layer]
-        if mine or (output and all(_around(name) == _around(output) for name in group)):
-            output = mine or output  # keys and values that are shared are a group behind that of their queries
-            places |= {name: (output, tiles) for name, tiles in group.items()}
+                sizes[layer], layers[name] = read, [layer]
+                places |= {each: (name, tiles) for each, tiles in tensors.items()}
     odd = next((name for name in params if name not in places), None)
     if odd is not None:
         raise ValueError(
-            f"head_activation scores attention heads, and {odd} has none; leave scope out with structure='head', or take it "
-            f"away with '!{odd}'."
+            f"head_activation scores attention heads that an output projection, a layer of its own, reads, and {odd} is of none; "
+            f"take it away with '!{odd}', or choose score=activation or taylor."
         )
     layers = {output: layers[output] for output in dict.fromkeys(places[name][0] for name in params)}
 
@@ -127,16 +125,14 @@ def head_activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     return scores
 
 
-def _around(name: str) -> str:
-    """The module around that which a parameter is of."""
-    return name.rpartition(".")[0].rpartition(".")[0]
-
-
 def _heads_read(layer: nn.Module, tiles: Tiles) -> tuple[int, int] | None:
     """Number and width of the heads that are the inputs of a layer; None: its weight is not of an output projection."""
     if is_conv1d(layer):
         return (tiles.view[0], tiles.view[1]) if tiles.dims == (0,) else None
-    is_output = isinstance(layer, nn.Linear) and len(tiles.view) == 3 and tiles.dims == (1,)
+    called = isinstance(layer, nn.Linear) and not isinstance(
+        layer, NonDynamicallyQuantizableLinear
+    )  # MultiheadAttention's
+    is_output = called and len(tiles.view) == 3 and tiles.dims == (1,)
     return (tiles.view[1], tiles.view[2]) if is_output else None
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 def examples(batch: Any) -> list[Any]:
     """Return the examples of a batch, each as a batch of one of the same kind.
 
-    A batch is a tensor or a mapping, sequence or dataclass of batches; tensors have the examples as dimension 0, and a sequence
-    without tensors is one of strings or numbers, one for each example. Numbers, strings and None are of all examples.
+    A batch is a tensor or array, or a mapping, sequence or dataclass of batches; tensors and arrays have the examples as
+    dimension 0, and a list of as many strings one for each example. All else (numbers, None, other lists) is of all examples.
 
     Args:
         batch: What a loader gives.
@@ -30,10 +30,15 @@ def examples(batch: Any) -> list[Any]:
     return [_pick(batch, i, sizes[0]) for i in range(sizes[0])]
 
 
+def _is_array(batch: Any) -> bool:
+    """Whether it is a tensor or, for example, NumPy's array."""
+    return isinstance(batch, Tensor) or isinstance(getattr(batch, "shape", None), tuple)
+
+
 def _sizes(batch: Any) -> set[int]:
     """What dimension 0 of each tensor is; 0 stands for a tensor without one."""
-    if isinstance(batch, Tensor):
-        return {batch.shape[0] if batch.dim() else 0}
+    if _is_array(batch):
+        return {batch.shape[0] if batch.shape else 0}
     return set().union(*map(_sizes, _parts(batch)))
 
 
@@ -48,7 +53,7 @@ def _parts(batch: Any) -> list[Any]:
 
 
 def _pick(batch: Any, i: int, n: int) -> Any:
-    if isinstance(batch, Tensor):
+    if _is_array(batch):
         return batch[i : i + 1]
     if isinstance(batch, Mapping):
         made: Any = copy.copy(batch)  # of its own kind, with attributes that a model may read
@@ -56,8 +61,8 @@ def _pick(batch: Any, i: int, n: int) -> Any:
             made[key] = _pick(value, i, n)
         return made
     if isinstance(batch, list | tuple):
-        if not _sizes(batch) and len(batch) == n:
-            return type(batch)([batch[i]])
+        if isinstance(batch, list) and len(batch) == n and all(isinstance(part, str) for part in batch):
+            return [batch[i]]
         parts = [_pick(part, i, n) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
