@@ -41,7 +41,7 @@ class RunReport(AnyCallback):
     def results(self) -> dict[str, Any]:
         """Return the facts of the last fit.
 
-        Keys: ``active``, ``most_active`` (at any time), ``total`` (entries), ``density``, ``sparsity`` (of what PruneMask has in
+        Keys: ``active``, ``most_active`` (at any step), ``total`` (entries), ``density``, ``sparsity`` (of what PruneMask has in
         scope, None without),
         ``held_checked``, ``held_changed`` (entries), ``steps``, ``seconds_per_step``, ``optimizer_bytes`` (of this rank's
         optimizer state), ``phases`` (the history), ``phase_active`` (of each phase, the active entries of each tensor as it
@@ -51,7 +51,7 @@ class RunReport(AnyCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table where no mask callback announces the masks."""
-        self._seconds, self._steps, self._checked, self._changed = 0.0, 0, 0, 0
+        self._seconds, self._steps, self._checked, self._changed, self._most_active = 0.0, 0, 0, 0, 0
         if session_of(trainer) is None and trainer.is_global_zero:
             _print_table(rows_of(trainer, pl_module))
 
@@ -66,9 +66,7 @@ class RunReport(AnyCallback):
             _print_table(rows_of(trainer, pl_module))
         session = session_of(trainer)
         if reason == "start":
-            self._phase_active, self._most_active = {}, 0
-        if session is not None:
-            self._most_active = max(self._most_active, session.active)
+            self._phase_active = {}
         if session is not None and session.phases is not None and trainer.is_global_zero:
             self._phase_active[session.phases.phase] = {r.name: r.active for r in rows_of(trainer, pl_module)}
         if self.check_held and session is not None and session.engine is not None:
@@ -87,9 +85,11 @@ class RunReport(AnyCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock."""
+        """Stop the clock, and count what trains."""
         self._seconds += time.perf_counter() - self._since
         self._steps += 1
+        session = session_of(trainer)
+        self._most_active = max(self._most_active, 0 if session is None else session.active)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is held, and keep the facts."""

@@ -167,19 +167,18 @@ def check_n_of_m(name: str, shape: tuple[int, ...], m: int, groups: int = 0) -> 
         )
 
 
-def most_of(groups: Sequence[structures.Group], keep: int) -> int:
-    """Return how many entries the units of ``groups`` that come nearest to ``keep`` have; the most, where they differ in size.
+def taken_of(groups: Sequence[structures.Group], keep: int) -> int:
+    """Return how many entries the units of ``groups`` that come nearest to ``keep`` have; ``keep``, where they differ in size.
 
     Args:
         groups: As :func:`share_out` returns them.
         keep: Likewise.
     """
-    sizes = [structures.unit_size(group) for group in groups]
-    each = [math.prod(structures.unit_shape(group)) for group in groups]
-    if len(set(sizes)) == 1:
-        return sizes[0] * _units(sizes[0], sum(each), keep)
-    total = sum(size * n for size, n in zip(sizes, each, strict=True))
-    return min(max(keep + max(sizes) // 2, max(sizes) if keep else 0), total)
+    sizes = {structures.unit_size(group) for group in groups}
+    if len(sizes) > 1:
+        return keep
+    (size,) = sizes
+    return size * _units(size, sum(math.prod(structures.unit_shape(group)) for group in groups), keep)
 
 
 def _units(size: int, of: int, keep: int) -> int:

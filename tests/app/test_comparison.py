@@ -153,6 +153,11 @@ def test_a_ranking_is_by_the_seeds_that_each_pair_has() -> None:
     (found,) = rank(summarise([*runs("dense", dense), *runs("good", good, 0.01), *runs("late", three, 0.01)]))
     assert found.groups[0][0] == "good"
     assert "dense" not in found.groups[0]
+    noisy = {0: 0.80, 1: 0.74, 2: 0.83}  # ahead, and separated from neither of two that are separated
+    rows = summarise([*runs("dense", dense), *runs("good", good, 0.01), *runs("late", noisy, 0.01)])
+    (found,) = rank(rows)
+    assert (found.groups, found.best) == ([["dense", "good", "late"]], ["late"])
+    assert "- 1 %: late, and no difference seen from it: dense, good." in markdown(rows)
     same = {seed: score + 0.25 for seed, score in DENSE.items()}
     (found,) = rank(summarise([*runs("same", same, 0.01), *runs("dense", DENSE, 0.01)]))
     assert (found.groups, found.unranked) == ([["same"]], {"no spread against same": ["dense"]})

@@ -224,6 +224,22 @@ def test_the_report_knows_the_bytes_of_the_optimizers_state() -> None:
     assert report.results()["optimizer_bytes"] == 4 * numbers
 
 
+@pytest.mark.parametrize(
+    ("ours", "most"),
+    [
+        (FreezeMask("head"), 26),
+        (PhaseUnfreeze([Phase("3 steps", train="head"), Phase("5 steps", train="stem"), Phase(train="head")]), 108),
+        (PruneMask(0.5, scope="stem.weight", schedule="constant"), 494 - 48),  # before the first step
+        (PruneMask(0.5, scope="stem.weight", start="3 steps", schedule="constant"), 494),
+    ],
+)
+def test_the_report_knows_how_many_entries_trained_at_most(ours: Any, most: int) -> None:
+    net, report = Net(), RunReport()
+    assert sum(p.numel() for p in net.parameters()) == 494
+    fit(net, ours, report)
+    assert report.results()["most_active"] == most
+
+
 def test_the_report_raises_no_false_alarm() -> None:
     scores = [3.0, 1.0, 2.0, 4.0, 0.0, 0.0]
     net, report = Net(value=lambda epoch: scores[epoch]), RunReport("out")

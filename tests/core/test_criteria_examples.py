@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 from transformers import BatchEncoding
 
 from lightning_mask.core.criteria.examples import examples
@@ -27,7 +28,7 @@ class Drawn:
 
 def test_every_tensor_gives_each_example_a_slice() -> None:
     batch = {"x": X, "more": (Y, [X, None]), "names": ["a", "b", "c"], "scale": 2.0}
-    batch |= {"size": (8, 8, 8), "of": Pair("a", "b"), "ids": Y.numpy()}
+    batch |= {"size": (8, 8, 8), "of": Pair("a", "b"), "ids": Y.numpy(), "factor": Y.numpy().sum()}
     found = examples(batch)
     assert len(found) == 3
     for i, one in enumerate(found):
@@ -37,6 +38,8 @@ def test_every_tensor_gives_each_example_a_slice() -> None:
         assert isinstance(one["more"], tuple)
         assert (one["more"][1][1], one["names"], one["scale"]) == (None, ["abc"[i]], 2.0)
         assert (one["size"], one["of"], one["ids"].tolist()) == ((8, 8, 8), Pair("a", "b"), [i])
+    (_, second, _) = examples(default_collate([(x, name) for x, name in zip(X, "abc", strict=True)]))
+    assert list(second[1]) == ["b"]
     assert torch.equal(batch["x"], X), "the batch itself is as it was"
     assert [one.tolist() for one in examples(Y)] == [[0], [1], [2]]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_mask import FreezeMask, PhaseUnfreeze
 from lightning_mask.callbacks import GradientMask
 from lightning_mask.core.allocation import share
-from lightning_mask.core.choosing import most_of, share_out
+from lightning_mask.core.choosing import share_out, taken_of
 from lightning_mask.core.patterns import resolve
 from lightning_mask.core.selection import Selection
 
@@ -86,7 +86,7 @@ def _bytes_of_an_entry(cfg: DictConfig) -> float:
 def entries(callback: Any, model: nn.Module) -> int | None:
     """Return how many entries a callback lets train, from its patterns and shares alone; None: that takes a run.
 
-    Of phases, those of the one with the most. Where units differ in size, the most that it can be.
+    Of phases, those of the one with the most. Where units differ in size, what was asked for, near which it will be.
 
     Args:
         callback: The mask; None: all trains.
@@ -113,4 +113,4 @@ def _selected(selection: Selection, model: nn.Module) -> int:
         return whole
     shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
     groups = share_out(shapes, selection.budgets(model), selection.structure, selection.allocation, model)
-    return whole + sum(most_of(units, keep) for units, keep in groups)
+    return whole + sum(taken_of(units, keep) for units, keep in groups)

@@ -116,11 +116,13 @@ class Ranking:
     Attributes:
         density: Share or number of entries.
         groups: Names in alphabetical order.
+        best: Of each group the name of the best, where the seeds separate some of the others from each other; else None.
         unranked: By reason, the names of strategies that no place was given.
     """
 
     density: Density
     groups: Sequence[Sequence[str]]
+    best: Sequence[str | None]
     unranked: Mapping[str, Sequence[str]]
 
 
@@ -354,14 +356,17 @@ def _rank(density: Density, rows: Sequence[Row]) -> Ranking:
         verdicts[a.strategy, b.strategy] = d.verdict
         verdicts[b.strategy, a.strategy] = {"better": "worse", "worse": "better"}.get(d.verdict, d.verdict)
     groups: list[list[str]] = []
+    bests: list[str | None] = []
     names = list(means)
     while names:
         unbeaten = [name for name in names if all(verdicts.get((name, other)) != "worse" for other in names)]
         best = max(unbeaten or names, key=lambda name: means[name])
         group = [name for name in names if name == best or verdicts[best, name] == "no difference seen"]
         groups.append(group)
+        torn = any(verdicts[pair] != "no difference seen" for pair in combinations(group, 2))
+        bests.append(best if torn else None)
         alike = [name for name in names if name != best and verdicts[best, name] == "no spread"]
         if alike:
             unranked.setdefault(f"no spread against {best}", []).extend(alike)
         names = [name for name in names if name not in group and name not in alike]
-    return Ranking(density, groups, unranked)
+    return Ranking(density, groups, bests, unranked)

@@ -155,10 +155,18 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _ranking(ranking: Ranking) -> str:
-    text = "; then ".join(f"no difference seen among: {', '.join(g)}" if len(g) > 1 else g[0] for g in ranking.groups)
+    text = "; then ".join(_group(names, best) for names, best in zip(ranking.groups, ranking.best, strict=True))
     for reason, names in ranking.unranked.items():
         text += f"{'; ' if text else ''}{reason}: {', '.join(names)}"
     return f"{density_text(ranking.density)}: {text}." if ranking.density is not None else f"{text}."
+
+
+def _group(names: Sequence[str], best: str | None) -> str:
+    if len(names) == 1:
+        return names[0]
+    if best is not None:
+        return f"{best}, and no difference seen from it: {', '.join(name for name in names if name != best)}"
+    return f"no difference seen among: {', '.join(names)}"
 
 
 def _gap(d: Difference | None, seeds: int) -> str:

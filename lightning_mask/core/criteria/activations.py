@@ -106,7 +106,7 @@ def head_activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     if odd is not None:
         raise ValueError(
             f"head_activation scores attention heads that an output projection, a layer of its own, reads, and {odd} is of none; "
-            f"take it away with '!{odd}', or choose score=activation or taylor."
+            f"take it away with '!{odd}', or choose score=taylor."
         )
     layers = {output: layers[output] for output in dict.fromkeys(places[name][0] for name in params)}
 

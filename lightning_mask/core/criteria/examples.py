@@ -12,7 +12,7 @@ def examples(batch: Any) -> list[Any]:
     """Return the examples of a batch, each as a batch of one of the same kind.
 
     A batch is a tensor or array, or a mapping, sequence or dataclass of batches; tensors and arrays have the examples as
-    dimension 0, and a list of as many strings one for each example. All else (numbers, None, other lists) is of all examples.
+    dimension 0, and a list or tuple of as many strings one for each example. All else (numbers, None) is of all examples.
 
     Args:
         batch: What a loader gives.
@@ -32,7 +32,7 @@ def examples(batch: Any) -> list[Any]:
 
 def _is_array(batch: Any) -> bool:
     """Whether it is a tensor or, for example, NumPy's array."""
-    return isinstance(batch, Tensor) or isinstance(getattr(batch, "shape", None), tuple)
+    return isinstance(batch, Tensor) or (isinstance(shape := getattr(batch, "shape", None), tuple) and len(shape) > 0)
 
 
 def _sizes(batch: Any) -> set[int]:
@@ -61,10 +61,11 @@ def _pick(batch: Any, i: int, n: int) -> Any:
             made[key] = _pick(value, i, n)
         return made
     if isinstance(batch, list | tuple):
-        if isinstance(batch, list) and len(batch) == n and all(isinstance(part, str) for part in batch):
-            return [batch[i]]
+        named = hasattr(batch, "_fields")
+        if not named and len(batch) == n and all(isinstance(part, str) for part in batch):
+            return type(batch)([batch[i]])
         parts = [_pick(part, i, n) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        return type(batch)(*parts) if named else type(batch)(parts)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return dataclasses.replace(
             batch, **{f.name: _pick(getattr(batch, f.name), i, n) for f in dataclasses.fields(batch) if f.init}
