@@ -312,9 +312,9 @@ def _run(cfg: DictConfig, wanted: Sequence[Cell], results: dict[Path, dict[str, 
                 ready.append(trial)
         if not ready:
             return
-        run_trials(
-            ready[:1] if is_basic(launcher) else ready, launcher=launcher, retry_failed=cfg.retry_failed, told=told
-        )
+        now = ready[:1] if is_basic(launcher) else ready
+        found = run_trials(now, launcher=launcher, retry_failed=cfg.retry_failed, told=told)
+        results |= {trial.folder: result for trial, result in zip(now, found, strict=True)}  # some may have run before
 
 
 def _line(cell: Cell, trial: Trial, result: Mapping[str, Any]) -> str:

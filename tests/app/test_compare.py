@@ -67,6 +67,20 @@ def test_a_comparison_from_start_to_report(config: Config, tmp_path: Path, capsy
     assert compare(config(BROKEN, "seeds=[0]", "report_only=true"), tmp_path) == [r for r in rows if r["seed"] == 0]
 
 
+@pytest.mark.timeout(120)
+def test_runs_that_a_further_rate_asks_for_again_are_not_run_again(config: Config, tmp_path: Path) -> None:
+    """With one rate the seeds run at once; when more rates are tried and it stays the best, their results are there."""
+    words = ["~strategies.head", "~strategies.random", "baselines=[dense]", "seeds=[0]", "tasks.digits.lr=1e-8"]
+    (row,) = compare(config(*words, "tuning.points=1"), tmp_path)
+    before = stamps(tmp_path)
+    (tuned,) = compare(config(*words, "tuning.points=2"), tmp_path)
+    added = sorted(set(stamps(tmp_path)) - set(before))
+    assert {name: stamps(tmp_path)[name] for name in before} == before
+    assert tuned["lr"] == row["lr"] == 1e-8, "of rates that change nothing the larger counts"
+    assert {**tuned, "lr_at_end": False} == row
+    assert [name.split("/")[-2] for name in added] == [f"lr-{lr}-seed-1000" for lr in ("1e-08", "3e-09")]
+
+
 def test_a_budget_of_nothing_runs_nothing(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(config("budget=0"), tmp_path) == []
     assert stamps(tmp_path) == {}
