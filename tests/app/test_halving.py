@@ -92,6 +92,32 @@ def test_a_strategy_that_begins_slowly_is_not_dropped_after_the_first_round() ->
     assert missed[-1] == second[2:]
 
 
+def test_one_that_is_worse_after_more_steps_is_tried_at_its_next_smaller_rate() -> None:
+    after = {("none", 9.0): (1.0, 5.0), ("none", 3.0): (3.0, 0.5), ("none", 1.0): (4.0, 0.1), ("head", 1.0): (2.0, 1.5)}
+    settings = [Setting(name, None, lr, 1, {}) for name, lr in after]
+
+    def ran(minutes: float, mode: str = "min") -> tuple[list[str], list[str]]:
+        now, sign = 0.0, 1 if mode == "min" else -1
+
+        def run(setting: Setting, steps: int) -> Outcome:
+            nonlocal now
+            now += steps
+            assert setting.lr is not None
+            made = outcome(
+                setting.strategy, sign * after[setting.strategy, setting.lr][steps > 2], steps=steps, seconds=steps
+            )
+            return dataclasses.replace(made, setting=setting, seconds_per_step=1.0)
+
+        rungs, no_time = halve(
+            settings, run, steps=2, eta=3, mode=mode, minutes=minutes, longest=None, passed=lambda: now
+        )
+        return [o.setting.name for o in rungs[1]], [s.name for s, _ in no_time]
+
+    for mode in ("min", "max"):
+        assert ran(1.0, mode) == (["none at lr 9", "none at lr 3", "head at lr 1"], [])
+    assert ran(20 / 60) == (["none at lr 9", "none at lr 3"], ["head at lr 1"])
+
+
 def test_a_rate_at_the_end_of_those_tried_is_followed_further() -> None:
     by_rate = {1.0: 5.0, 3.0: 4.0, 9.0: 3.0, 27.0: 3.5, 81.0: 1.0}
     now = 0.0

@@ -5,6 +5,8 @@
   algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018). After the first round the best of every
   strategy goes on before any second best, as far as there is time: what trains little is ahead after a few
   steps and behind after many, and halving is wrong about curves that cross (Li et al. 2018, on many settings against long runs).
+* A setting that is worse after the longer trial than it was after the shorter one has too large a rate: the next smaller one runs
+  right after it, as far as there is time.
 * Widening: where the best of the last round has the largest or the smallest rate of all that its strategy was tried at, it
   runs at the next one, too.
 * The choice: the best of the last round that two or more ran. What lies within one standard error of it, by the error of the
@@ -13,7 +15,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,7 +135,7 @@ def halve(
         for more in _lengths(steps * eta, longest):
             kept, estimate = [], passed()
             for outcome in going:
-                estimate += outcome.seconds + (more - steps) * outcome.seconds_per_step
+                estimate += _expected(outcome, more)
                 if estimate <= limit:
                     kept.append(outcome.setting)
             if len(kept) == len(going):
@@ -143,10 +145,44 @@ def halve(
         no_time += [(o.setting, more) for o in going if len(kept) < 2 or o.setting not in kept]
         if len(kept) < 2:
             return rungs, no_time
+        before = {o.setting: o for o in rungs[-1]}
+        rungs.append([])
+        queue = list(kept)
+        while queue:
+            setting = queue.pop(0)
+            if passed() + _expected(before[setting], more) > limit and rungs[-1]:
+                no_time.append((setting, more))
+                continue
+            rungs[-1].append(run(setting, more))
+            smaller = _smaller(rungs[-1][-1], before, mode)
+            if smaller is not None and smaller not in kept and smaller not in [o.setting for o in rungs[-1]]:
+                queue.insert(0, smaller)
         steps = more
-        rungs.append([run(setting, steps) for setting in kept])
         if not rank(rungs[-1], mode):
             return rungs, no_time
+
+
+def _expected(outcome: Outcome, steps: int) -> float:
+    """Seconds that a trial of more steps would take."""
+    return outcome.seconds + (steps - outcome.steps) * outcome.seconds_per_step
+
+
+def _smaller(outcome: Outcome, before: Mapping[Setting, Outcome], mode: str) -> Setting | None:
+    """The same at the next smaller rate that was tried before, if it is worse than it was then; else None."""
+    own, then = outcome.setting, before[outcome.setting].score
+    if (
+        outcome.score is None
+        or then is None
+        or own.lr is None
+        or (outcome.score - then) * (1 if mode == "min" else -1) <= 0
+    ):
+        return None
+    alike = [
+        s
+        for s in before
+        if (s.strategy, s.density) == (own.strategy, own.density) and s.lr is not None and s.lr < own.lr
+    ]
+    return max(alike, key=lambda s: s.lr or 0.0, default=None)
 
 
 def _lengths(steps: int, longest: int | None) -> list[int]:
