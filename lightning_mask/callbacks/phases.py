@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_mask.callbacks.averages import averages_of
 from lightning_mask.callbacks.base import MaskCallback
 from lightning_mask.callbacks.freeze import (
     draw_due,
@@ -332,7 +333,7 @@ class PhaseUnfreeze(MaskCallback):
         if session is None or session.closed:
             return
         session.settle()
-        if self._progress.ended and self._progress.best_weights and not session._averages:
+        if self._progress.ended and self._progress.best_weights and not averages_of(session.trainer):
             reason = f"{self.label(self.phase)} ended with the run"
             self._go_back(session, reason)
             session._hold()

@@ -89,7 +89,7 @@ class RunReport(AnyCallback):
         self._seconds += time.perf_counter() - self._since
         self._steps += 1
         session = session_of(trainer)
-        self._most_active = max(self._most_active, 0 if session is None else session.active)
+        self._most_active = max(self._most_active, 0 if session is None else session.facts.active)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is held, and keep the facts."""

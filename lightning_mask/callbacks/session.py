@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_mask.callbacks import calibration, random_state
+from lightning_mask.callbacks.averages import averages_of
 from lightning_mask.callbacks.ddp import Reduction
 from lightning_mask.callbacks.engine_choice import choose_engine
+from lightning_mask.callbacks.facts import Facts
 from lightning_mask.callbacks.optimizer_names import arrange
 from lightning_mask.callbacks.packages import twins
 from lightning_mask.callbacks.sharded import STORED, numbers_of, state_of, take_over
@@ -84,9 +84,8 @@ class Session:
         """Where training has moved the entries to, where somebody needs it."""
         self._in_window = self._applied = self._epoch_ended = False
         self._epoch = -1
-        self._facts: dict[str, float] = {}
+        self.facts = Facts()
         take_over(trainer, module, lambda: self.engine)
-        self._logged: tuple[int, dict[str, float]] | None = None
 
     # Facts about the run.
 
@@ -104,11 +103,6 @@ class Session:
     def trainable(self) -> set[str]:
         """Names of the tensors that required a gradient before this fit."""
         return {name for name, required in self._required.items() if required}
-
-    @property
-    def active(self) -> int:
-        """Number of entries that train."""
-        return int(self._facts["mask/active"])
 
     def run(self) -> Run:
         """Return the lengths that moments are measured against; known once the training data is set up."""
@@ -242,9 +236,9 @@ class Session:
         self.tell("on_masks_changed", "start")
         for line in self.how_held():
             self.say(line)
-        count, total = self._facts["mask/active"], sum(p.numel() for p in self.module.parameters())
+        count, total = self.facts.active, sum(p.numel() for p in self.module.parameters())
         names = ", ".join(dict.fromkeys(type(m).__name__ for m in self.members))
-        self.say(f"{names}: {count:,.0f} of {total:,} entries train ({count / max(total, 1):.2%})")
+        self.say(f"{names}: {count:,} of {total:,} entries train ({count / max(total, 1):.2%})")
 
     def _start_of_training(self, shared: dict[str, Any] | None) -> dict[str, Tensor] | None:
         """The weights of now, or those that a checkpoint brought; None where the run that wrote it had kept none."""
@@ -279,7 +273,7 @@ class Session:
             sharding.reshard(self.module)
         self._begun = True  # by now every callback had its say in on_train_start, about communication hooks too
         self.settle()
-        if self._averages and self._epoch != self.trainer.current_epoch and self.engine is not None:
+        if averages_of(self.trainer) and self._epoch != self.trainer.current_epoch and self.engine is not None:
             self._epoch = self.trainer.current_epoch
             self.engine.restore()  # an average may have been written into the model when the epoch began
         if self._in_window:
@@ -290,13 +284,13 @@ class Session:
             self._hold()
             self._drop_reference()
             self.tell("on_masks_changed", "; ".join(changed))
-            count, density = self._facts["mask/active"], self._facts["mask/density"]
-            self.say(f"{'; '.join(changed)}: {count:,.0f} entries train ({density:.2%})")
+            density = self.facts.values["mask/density"]
+            self.say(f"{'; '.join(changed)}: {self.facts.active:,} entries train ({density:.2%})")
         if self.phases is not None:
             assert self.engine is not None
             self.engine.set_rates(self.phases.rates(self))
         self._sync_reducer()
-        self._log()
+        self.facts.log(self)
 
     def after_backward(self) -> None:
         """Prune when it is time, then write zeros over held gradients; on the last micro-batch of a step only."""
@@ -376,22 +370,13 @@ class Session:
     def correct_averages(self) -> None:
         """Make the held entries of every weight average exact."""
         if self.engine is not None:
-            for average in self._averages:
+            for average in averages_of(self.trainer):
                 self.engine.write_held(average)
 
     def finish(self) -> None:
         """Write held values once more, after every other callback had its say."""
         if self.engine is not None and not self.closed:
             self.engine.restore()
-
-    @property
-    def _averages(self) -> list[nn.Module]:
-        """The modules in which weight averaging callbacks keep their averages."""
-        kinds = twins(StochasticWeightAveraging, WeightAveraging)
-        kept = [c._average_model for c in self.trainer.callbacks if isinstance(c, kinds)]  # type: ignore[attr-defined]
-        return [
-            average.module if isinstance(average, AveragedModel) else average for average in kept if average is not None
-        ]
 
     def close(self) -> None:
         """Take away every hook."""
@@ -458,7 +443,7 @@ class Session:
                 combined,
                 engine=self.engine_reason[0],
                 early=early,
-                guard=bool(self._averages),
+                guard=bool(averages_of(self.trainer)),
                 **self.stored,
             )
             self.stored = {}
@@ -467,7 +452,7 @@ class Session:
             self._learn_behind()
             self.engine.update(combined, zero={name: ~mask for name, mask in alive.items()})
         self.correct_averages()
-        self._take_facts()
+        self.facts.take(self)
         self._refuse_idle_optimizer()
 
     def _learn_behind(self) -> None:
@@ -507,27 +492,6 @@ class Session:
     def say(self, line: str) -> None:
         """Print one line on rank zero."""
         rank_zero_info(line)
-
-    def _log(self) -> None:
-        """Log when something changed and when an epoch begins; in between Lightning repeats what was logged last."""
-        now = (self.trainer.current_epoch, self._facts)
-        if now == self._logged:
-            return
-        self._logged = now
-        shown = {key: value for key, value in self._facts.items() if key != "mask/active"}
-        self.module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True)
-        self.module.log("mask/active", self._facts["mask/active"], on_step=True, on_epoch=False)
-
-    def _take_facts(self) -> None:
-        """Count once for each change what is logged at each step."""
-        assert self.engine is not None
-        masks = self.engine.masks
-        self._facts = {"mask/active": float(masks.count()), "mask/density": masks.density()}
-        if self.pruners:
-            entries = sum(p.masks.numel() for p in self.pruners)
-            self._facts["mask/sparsity"] = 1 - sum(p.masks.count() for p in self.pruners) / max(entries, 1)
-        if self.phases is not None:
-            self._facts["mask/phase"] = float(self.phases.phase)
 
 
 _REFUSED = (FSDPStrategy, DeepSpeedStrategy)

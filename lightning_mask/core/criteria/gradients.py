@@ -23,11 +23,15 @@ def _zeros(params: Mapping[str, Tensor]) -> Scores:
 
 
 def _mean(
-    params: Mapping[str, Tensor], context: Context, of: Callable[[Tensor], Tensor], loss: Loss | None = None
+    params: Mapping[str, Tensor],
+    context: Context,
+    of: Callable[[Tensor], Tensor],
+    loss: Loss | None = None,
+    split: bool = False,
 ) -> Scores:
-    """The mean over this rank's batches of ``of(g_b)``."""
+    """The mean over this rank's batches, or their single examples, of ``of(g_b)``."""
     total, count = _zeros(params), 0
-    for grads in context.gradients(params, loss):
+    for grads in context.gradients(params, loss, split=split):
         count += 1
         for name, g in grads.items():
             total[name] += of(g.float())
@@ -90,12 +94,7 @@ def fisher_per_example(params: Mapping[str, Tensor], context: Context) -> Scores
             "fisher_per_example needs gradients of single examples, and those of sharded parameters are means over ranks; "
             "take score=fisher or fisher_sampled."
         )
-    total, count = _zeros(params), 0
-    for grads in context.gradients(params, split=True):
-        count += 1
-        for name, g in grads.items():
-            total[name].addcmul_(g.float(), g.float())
-    return {name: value.div_(count) for name, value in total.items()}
+    return _mean(params, context, torch.square, split=True)
 
 
 @criterion("fisher_sampled")
