@@ -171,5 +171,16 @@ class Watch(pl.Callback):
         return changed(self.weights[step], self.weights[step + 1])
 
 
+class Stop(Watch):
+    """End the run after that many steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 def names(module: nn.Module, *prefixes: str) -> set[str]:
     return {name for name, _ in module.named_parameters() if name.startswith(prefixes)}
