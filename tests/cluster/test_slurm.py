@@ -68,6 +68,16 @@ class Cluster:
             time.sleep(0.2)
         return state
 
+    def start_again(self, job: str, cwd: Path) -> None:
+        """Start a job that was requeued within seconds; SLURM itself would keep it back for two minutes.
+
+        Within the second in which the first try ended, a node takes the second one for it and refuses to start it ("Job
+        credential revoked"), and the job fails.
+        """
+        self.wait(job, lambda state: state["Restarts"] == "1" and state["JobState"] != "COMPLETING", cwd)
+        (cwd / "hold").unlink()
+        self("scontrol", "update", f"JobId={job}", "StartTime=now+2", cwd=cwd)
+
 
 def runs(pid: int) -> bool:
     try:
@@ -146,9 +156,7 @@ def test_a_job_that_was_stopped_or_displaced_goes_on_and_ends_as_one_that_was_no
         else:  # by a job that takes the whole machine
             everything = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--exclusive", "--wrap=true"]
             cluster("sbatch", *everything, cwd=folder)
-        cluster.wait(job, lambda state: state["Restarts"] == "1" and state["JobState"] != "COMPLETING", folder)
-        (folder / "hold").unlink()
-        cluster("scontrol", "update", f"JobId={job}", "StartTime=now", cwd=folder)
+        cluster.start_again(job, folder)
         cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", folder)
 
     ends = []
@@ -208,9 +216,7 @@ def test_a_sweep_runs_as_jobs_of_two_tasks_each_and_one_that_is_stopped_goes_on(
         sweep = pool.submit(cluster, sys.executable, str(REPO / "scripts/train.py"), *words, cwd=tmp_path, **code)
         _, one = held_jobs(tmp_path, 4)  # the other's number is that of the whole array
         cluster("scancel", "--signal=USR2", one, cwd=tmp_path)  # as SLURM does before the time is up
-        cluster.wait(one, lambda state: state["Restarts"] == "1" and state["JobState"] != "COMPLETING", tmp_path)
-        (tmp_path / "hold").unlink()
-        cluster("scontrol", "update", f"JobId={one}", "StartTime=now", cwd=tmp_path)
+        cluster.start_again(one, tmp_path)
         sweep.result()
     said = "".join(file.read_text() for file in (tmp_path / "sweep/.submitit").rglob("*_log.out"))
     assert said.count("stopped by SIGUSR2 at step 6") == 1
