@@ -1,7 +1,7 @@
 """Training batches and a loss for criteria, taken from a Trainer without disturbing its run."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
+
+from lightning_mask.core import criteria
 
 
 def training_batches(trainer: Trainer, count: int) -> Iterator[Any]:
@@ -98,6 +100,35 @@ def _copy_loaders(loaders: Any) -> Any:
     return loaders
 
 
+def check_score(score: str | criteria.Criterion, names: Sequence[str], module: LightningModule) -> None:
+    """Refuse, before training, a criterion that cannot score these parameters of this module.
+
+    Args:
+        score: The criterion.
+        names: Of the parameters in scope.
+        module: The module.
+
+    Raises:
+        ValueError: Naming what is missing.
+    """
+    criteria.require(score, names, module)
+    if criteria.needs_loss(score) and not module.automatic_optimization and not callable(_own_loss(module)):
+        raise ValueError(_no_loss(module))
+    if criteria.needs_sampled_loss(score) and not callable(getattr(module, "mask_sampled_loss", None)):
+        raise ValueError(criteria.NO_SAMPLED_LOSS)
+
+
+def _own_loss(module: LightningModule) -> Any:
+    return getattr(module, "mask_loss", None)
+
+
+def _no_loss(module: LightningModule) -> str:
+    return (
+        f"{type(module).__name__} optimizes manually, so its training_step cannot be used to score entries; define "
+        "mask_loss(self, batch) that returns the loss, or choose a criterion without data."
+    )
+
+
 def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor | None:
     """Return the loss of one batch: from ``module.mask_loss(batch)`` where it is defined, else from its training step.
 
@@ -107,21 +138,31 @@ def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor 
     Raises:
         ValueError: If the module optimizes manually and has no ``mask_loss``, or what comes back is no loss.
     """
-    own = getattr(module, "mask_loss", None)
+    own = _own_loss(module)
     with _precision(trainer), isolate_rng():
         if callable(own):
             loss = own(batch)
         elif module.automatic_optimization:
             with _quiet(module):
-                takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-                output = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+                output = _training_step(module, batch)
             loss = output.get("loss") if isinstance(output, dict) else output
         else:
-            raise ValueError(
-                f"{type(module).__name__} optimizes manually, so its training_step cannot be used to score entries; define "
-                "mask_loss(self, batch) that returns the loss, or choose a criterion without data."
-            )
+            raise ValueError(_no_loss(module))
     return _checked(module, loss)
+
+
+def _training_step(module: LightningModule, batch: Any) -> Any:
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    try:
+        return module.training_step(batch, 0) if takes_index else module.training_step(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{type(module).__name__}.training_step failed when a criterion called it, in eval mode and outside of the training "
+            f"loop ({failure}); define mask_loss(self, batch) that returns the loss alone, or choose a criterion without data."
+        ) from error
 
 
 def sampled_loss(trainer: Trainer, module: LightningModule) -> Callable[[Any], Tensor | None] | None:

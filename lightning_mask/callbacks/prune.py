@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mask.callbacks import calibration
 from lightning_mask.callbacks.base import MaskCallback, plain
 from lightning_mask.callbacks.freeze import Strings, has_own, may_need_reference
 from lightning_mask.callbacks.reach import check_phases, check_reach
@@ -199,6 +200,8 @@ class PruneMask(MaskCallback):
     def check(self, session: Session) -> None:
         """Refuse bad input before training."""
         self._parts = self._scope_parts(session)
+        with _named():
+            calibration.check_score(self.score, self._names, session.module)
         mine = set(self._names)
         for other in session.pruners:
             both = [] if other is self else [name for names, _ in other._parts for name in names if name in mine]

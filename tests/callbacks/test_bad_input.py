@@ -1,6 +1,7 @@
 """G9: bad input is refused before the first optimizer step, naming the culprit and the way out."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mask_nets import Net, changed, data, fit, loader, trainer, weights
 from torch import nn
 
 from lightning_mask import FreezeMask, MaskSet, Phase, PhaseUnfreeze, PruneMask
+from lightning_mask.core import criteria
 
 
 def head_only(module: Any) -> Any:
@@ -257,6 +259,32 @@ BEFORE_TRAINING: dict[str, tuple[Callable[[], list[Any]], str]] = {
             PhaseUnfreeze([Phase("5 steps"), Phase(score="random", density=0.1)]),
         ],
         r"144 of the 288 entries in scope are to be zero by the end of phase 1 of PhaseUnfreeze, which lets only 49",
+    ),
+    "a later phase's criterion for other tensors": (
+        lambda: [PhaseUnfreeze([Phase("5 steps"), Phase(score="wanda", density=0.5)])],
+        r"phase 1: wanda scores the weight of linear and convolution layers, and stem\.bias is none",
+    ),
+    "a later phase's criterion without heads": (
+        lambda: [PhaseUnfreeze([Phase("5 steps"), Phase(score="head_activation", density=0.5, scope="stem")])],
+        r"phase 1: head_activation scores attention heads .* stem\.weight is of none",
+    ),
+    "a later phase's criterion without labels to draw": (
+        lambda: [PhaseUnfreeze([Phase("5 steps"), Phase(score="fisher_sampled", density=0.5)])],
+        r"phase 1: This criterion needs a loss against labels .* define mask_sampled_loss\(self, batch\)",
+    ),
+    "a later ramp's criterion for other tensors": (
+        lambda: [
+            PruneMask(0.5, score=partial(criteria.get("activation")), scope="blocks.*.norm.weight", start="9 steps")
+        ],
+        r"PruneMask: activation scores the weight or bias of linear and convolution layers, and blocks\.0\.norm\.weight is",
+    ),
+    "a later ramp's criterion without labels to draw": (
+        lambda: [PruneMask(0.5, score="fisher_sampled", start="9 steps")],
+        r"PruneMask: This criterion needs a loss against labels",
+    ),
+    "a criterion of training at its start": (
+        lambda: [FreezeMask(score="change", density=0.5)],
+        r"The criterion 'change' scored every entry 0, .* At the start of training nothing has changed yet",
     ),
     "refresh of no step": (
         lambda: [FreezeMask(score="random", density=0.5, refresh="1%")],

@@ -108,3 +108,23 @@ def test_a_criterion_passes_over_batches_without_a_loss() -> None:
 
     with pytest.raises(ValueError, match=r"no loss came back for this batch; let the criterion pass over it"):
         fit(Shown(), FreezeMask(score=own, density=0.3))
+
+
+class InTraining(Net):
+    """A network whose forward gives something else in eval mode, as detectors do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if self.training else {}["losses"]
+
+
+def test_a_training_step_that_cannot_be_called_in_eval_mode_is_named_with_the_way_out() -> None:
+    with pytest.raises(
+        ValueError, match=r"InTraining.training_step failed .* eval mode .*KeyError.*mask_loss\(self, batch\)"
+    ):
+        fit(InTraining(), FreezeMask(score="fisher", density=0.3))
+
+    class WithLoss(InTraining):
+        def mask_loss(self, batch: Any) -> Any:
+            return self.loss(batch)
+
+    fit(WithLoss(), FreezeMask(score="fisher", density=0.3))

@@ -1,6 +1,8 @@
 import functools
+import importlib
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
@@ -141,7 +143,8 @@ def test_the_model_is_left_as_it_was(score: str, grad_enabled: bool):
     scope = {n: p for n, p in model.named_parameters() if not of_layers or n in ("first.weight", "last.weight")}
     more = {"sampled_loss": lambda batch: (model(batch[0]) - torch.rand(5, 1)).square().mean()}
     with torch.set_grad_enabled(grad_enabled):
-        scores = compute(score, scope, context(model, batches, reference=dict(model.named_parameters()), **more))
+        start = {name: 2 * p.detach() + 1 for name, p in model.named_parameters()}
+        scores = compute(score, scope, context(model, batches, reference=start, **more))
     for now, then in zip(everything(model), before, strict=True):
         if isinstance(then, dict) and isinstance(next(iter(then.values())), tuple):
             assert now.keys() == then.keys()  # type: ignore[attr-defined]
@@ -216,12 +219,15 @@ def test_the_model_is_put_back_when_a_criterion_stops_early_or_fails():
 
 def test_low_precision_is_summed_in_float32():
     model = nn.Linear(4, 2).to(torch.bfloat16)
-    batches = [(torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.bfloat16))] * 3
+    batches = [
+        (torch.full((1, 4), i, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.bfloat16)) for i in (1, 2, 3)
+    ]
     ours = {score for score in CRITERIA if not is_own(score)}
     others = {"fisher_sampled", "activation", "head_activation", "last_layers", "first_layers", "magnitude_lowest"}
     for score in sorted(ours - others):
         scope = {"weight": model.weight}
-        dtype = compute(score, scope, context(model, batches, reference=scope))["weight"].dtype
+        start = {"weight": 2 * model.weight.detach()}
+        dtype = compute(score, scope, context(model, batches, reference=start))["weight"].dtype
         assert dtype == (torch.bfloat16 if score == "magnitude" else torch.float32), score
     ones = [torch.ones(1, 4, dtype=torch.bfloat16)] * 300  # in bfloat16 a sum of ones stands still at 256
     each = Context(model, loss=lambda x: model(x).sum(), batches=lambda: ones)
@@ -241,6 +247,10 @@ def test_nan_is_refused_by_name():
         ({"weight": torch.zeros(1, 2)}, "no score for bias"),
         ({"weight": torch.zeros(2), "bias": torch.zeros(1)}, r"shape \(2,\) for weight of \(1, 2\)"),
         ({"weight": torch.full((1, 2), torch.nan), "bias": torch.zeros(1)}, "gave nan for weight"),
+        (None, "returned NoneType; it must return a dict of names to tensors"),
+        ({"weight": [[1.0, 2.0]], "bias": torch.zeros(1)}, "returned list for weight; it must be a tensor of real"),
+        ({"weight": torch.ones(1, 2) * 1j, "bias": torch.zeros(1)}, "returned torch.complex64 for weight"),
+        ({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, "scored every entry 0.* a later phase or refresh="),
     ],
 )
 def test_what_a_criterion_may_not_return(returned: dict[str, Tensor], says: str):
@@ -252,6 +262,69 @@ def test_what_a_criterion_may_not_return(returned: dict[str, Tensor], says: str)
     with pytest.raises(ValueError, match="'mine'") as error:
         compute(mine, dict(model.named_parameters()), context(model))
     error.match(says)
+
+
+def test_scores_that_tell_nothing_apart_do_not_end_a_run_that_goes_on():
+    model = unit()
+    weight = {"weight": model.weight}
+    with pytest.raises(ValueError, match="'change' scored every entry 0"):
+        compute("change", weight, context(model, reference=weight))
+    with pytest.warns(UserWarning, match="'change' scored every entry 0"):
+        compute("change", weight, context(model, reference=weight, begun=True))
+    zero = {"weight": torch.zeros(1, 2)}
+    assert not compute("magnitude", zero, Context(model))["weight"].any(), "as with depths, which may all be 0"
+
+
+class Moves(nn.Linear):
+    """As one with a second network that follows, a queue, and a buffer that is made anew."""
+
+    def __init__(self, parameter: bool) -> None:
+        super().__init__(2, 1)
+        self.follower = nn.Parameter(torch.zeros(2), requires_grad=False)
+        self.register_buffer("queue", torch.zeros(3))
+        self.register_buffer("average", None)
+        self.moves_parameter = parameter
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.queue[1] += 1  # type: ignore[index, operator]
+        self.average = batch[0].mean()
+        if self.moves_parameter:
+            with torch.no_grad():
+                self.follower += 1
+        return (self(batch[0]) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("score", ["fisher", "wanda", "grasp"])
+def test_a_loss_that_moves_buffers_leaves_them_and_one_that_moves_parameters_is_refused(score: str):
+    model = Moves(parameter=False)
+    where = {"weight": model.weight}
+    compute(score, where, Context(model, model.loss, lambda: BATCHES))
+    assert not model.queue.any()  # type: ignore[operator]
+    assert model.average is None
+    model = Moves(parameter=True)
+    where = {"weight": model.weight}
+    with pytest.raises(ValueError, match=r"changed follower, .*define mask_loss\(self, batch\)"):
+        compute(score, where, Context(model, model.loss, lambda: BATCHES))
+    with pytest.warns(UserWarning, match="changed follower"):
+        compute(score, where, Context(model, model.loss, lambda: BATCHES, begun=True))
+
+
+def test_gradients_of_a_sparse_embedding_are_seen_dense():
+    table = nn.Embedding(5, 3)
+    batches = [torch.tensor([1, 2, 2]), torch.tensor([4])]
+    found = []
+    for table.sparse in (False, True):
+        context = Context(table, lambda x: table(x).square().sum(), lambda: batches)
+        found.append([compute(s, {"weight": table.weight}, context) for s in ("grad_variance", "relative_gradient")])
+    for dense, sparse in zip(*found, strict=True):
+        assert torch.equal(dense["weight"], sparse["weight"])
+
+
+def test_relative_gradients_of_double_precision():
+    model = unit().double()
+    batches = [(x.double(), t.double()) for x, t in BATCHES]
+    weight = run("relative_gradient", model, batches=batches)["weight"]
+    torch.testing.assert_close(weight, torch.full((1, 2), (1 + ROOT) / 2))
 
 
 def test_without_data_loss_or_reference_it_says_so():
@@ -313,6 +386,10 @@ def test_a_criterion_in_a_file_of_the_user_is_found_by_its_path(
         get("my_criteria.largest")
     with pytest.raises(ValueError, match=r"score='nowhere.smallest' cannot be imported"):
         get("nowhere.smallest")
+    (tmp_path / "my_criteria.py").write_text("def alone(params):\n    return params\n")
+    importlib.reload(sys.modules["my_criteria"])
+    with pytest.raises(ValueError, match=r"alone cannot be called with params and context alone .* takes \(params\)"):
+        get("my_criteria.alone")
 
 
 def far(params: Mapping[str, Tensor], context: Context, power: int = 1) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def test_without_such_a_loss_it_says_what_to_define():
 
 
 def test_draws_of_ranks_differ(monkeypatch: pytest.MonkeyPatch):
-    x = torch.zeros(30, 2)
+    x = torch.ones(30, 2)
     here = fisher(0, [x])[1][0]
     monkeypatch.setattr("lightning_mask.core.criteria.context.rank", lambda: 1)
     assert not torch.equal(fisher(0, [x])[1][0], here)

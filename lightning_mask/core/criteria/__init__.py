@@ -6,7 +6,7 @@ alone; scores that were made from data are averaged over ranks before they are r
 """
 
 from lightning_mask.core.criteria import activations, flow, gradients, training, weights
-from lightning_mask.core.criteria.context import Context
+from lightning_mask.core.criteria.context import NO_SAMPLED_LOSS, Context
 from lightning_mask.core.criteria.registry import (
     CRITERIA,
     Criterion,
@@ -19,12 +19,16 @@ from lightning_mask.core.criteria.registry import (
     is_own,
     may_need_reference,
     name_of,
+    needs_loss,
+    needs_sampled_loss,
+    require,
 )
 from lightning_mask.core.criteria.seeds import named_seed
 from lightning_mask.core.criteria.weights import random_scores
 
 __all__ = [
     "CRITERIA",
+    "NO_SAMPLED_LOSS",
     "Context",
     "Criterion",
     "Scores",
@@ -40,7 +44,10 @@ __all__ = [
     "may_need_reference",
     "name_of",
     "named_seed",
+    "needs_loss",
+    "needs_sampled_loss",
     "random_scores",
+    "require",
     "training",
     "weights",
 ]

@@ -4,14 +4,16 @@ What a hook sums over a layer's inputs or outputs is one float32 number a channe
 averaged over ranks before anything that is not linear is made of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_mask.core.convolutions import CONVOLUTIONS, convolve, met
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.criteria.registry import Scores, criterion
 from lightning_mask.core.distributed import mean_over_ranks
@@ -20,10 +22,13 @@ from lightning_mask.core.sharding import shard
 from lightning_mask.core.structures import Tiles, attention_layers
 from lightning_mask.core.transposed import is_conv1d
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+def _check_layers(asked: str, kinds: tuple[str, ...], names: Sequence[str], model: nn.Module) -> None:
+    for name in names:
+        _layers(name, model, kinds, asked)
 
 
-@criterion("wanda")
+@criterion("wanda", check=partial(_check_layers, "wanda", ("weight",)))
 def wanda(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``|w_ij| * ||x_j||``: magnitude times the norm of the input that the weight meets, over all tokens of all batches.
 
@@ -50,7 +55,7 @@ def wanda(params: Mapping[str, Tensor], context: Context) -> Scores:
     return scores
 
 
-@criterion("activation")
+@criterion("activation", check=partial(_check_layers, "activation", ("weight", "bias")))
 def activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``mean of |y_i|`` over all tokens or positions of all batches, given to every entry of output unit i.
 
@@ -76,7 +81,47 @@ def activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     return scores
 
 
-@criterion("head_activation")
+def _heads_of(
+    names: Sequence[str], model: nn.Module
+) -> tuple[dict[str, tuple[str, Tiles]], dict[str, nn.Module], dict[nn.Module, tuple[int, int]]]:
+    """The output projection that reads the heads of a tensor, and its tiles, by the tensor's name; layers; heads that they read.
+
+    Raises:
+        ValueError: If no output projection reads the heads of one of ``names``.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[str, tuple[str, Tiles]] = {}
+    sizes: dict[nn.Module, tuple[int, int]] = {}
+    layers: dict[str, nn.Module] = {}
+    for groups in attention_layers(model):
+        tensors = {name: tiles for group in groups for name, tiles in group.items()}
+        for name, tiles in tensors.items():
+            layer = modules[name.rpartition(".")[0]]
+            read = _heads_read(layer, tiles) if name.endswith("weight") else None
+            if read is not None:
+                sizes[layer], layers[name] = read, layer
+                places |= {each: (name, tiles) for each, tiles in tensors.items()}
+    odd = next((name for name in names if name not in places), None)
+    if odd is not None:
+        raise ValueError(
+            f"head_activation scores attention heads that an output projection, a layer of its own, reads, and {odd} is of none; "
+            f"take it away with '!{odd}', or choose score=taylor."
+        )
+    return places, layers, sizes
+
+
+def _heads_read(layer: nn.Module, tiles: Tiles) -> tuple[int, int] | None:
+    """Number and width of the heads that are the inputs of a layer; None: its weight is not of an output projection."""
+    if is_conv1d(layer):
+        return (tiles.view[0], tiles.view[1]) if tiles.dims == (0,) else None
+    called = isinstance(layer, nn.Linear) and not isinstance(
+        layer, NonDynamicallyQuantizableLinear
+    )  # MultiheadAttention's
+    is_output = called and len(tiles.view) == 3 and tiles.dims == (1,)
+    return (tiles.view[1], tiles.view[2]) if is_output else None
+
+
+@criterion("head_activation", check=_heads_of)
 def head_activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``mean of ||a_h||`` over all tokens of all batches, a_h what attention head h gives to the output projection.
 
@@ -89,26 +134,8 @@ def head_activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     Raises:
         ValueError: If a tensor in scope has no heads, or the output projection was not run as a layer.
     """
-    model = context.model
-    modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[str, tuple[str, Tiles]] = {}
-    sizes: dict[nn.Module, tuple[int, int]] = {}
-    layers: dict[str, list[nn.Module]] = {}
-    for groups in attention_layers(model):
-        tensors = {name: tiles for group in groups for name, tiles in group.items()}
-        for name, tiles in tensors.items():
-            layer = modules[name.rpartition(".")[0]]
-            read = _heads_read(layer, tiles) if name.endswith("weight") else None
-            if read is not None:
-                sizes[layer], layers[name] = read, [layer]
-                places |= {each: (name, tiles) for each, tiles in tensors.items()}
-    odd = next((name for name in params if name not in places), None)
-    if odd is not None:
-        raise ValueError(
-            f"head_activation scores attention heads that an output projection, a layer of its own, reads, and {odd} is of none; "
-            f"take it away with '!{odd}', or choose score=taylor."
-        )
-    layers = {output: layers[output] for output in dict.fromkeys(places[name][0] for name in params)}
+    places, every, sizes = _heads_of(list(params), context.model)
+    layers = {output: [every[output]] for output in dict.fromkeys(places[name][0] for name in params)}
 
     def norms(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return x.float().reshape(-1, *sizes[layer]).norm(dim=-1).sum(0)
@@ -125,17 +152,6 @@ def head_activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     return scores
 
 
-def _heads_read(layer: nn.Module, tiles: Tiles) -> tuple[int, int] | None:
-    """Number and width of the heads that are the inputs of a layer; None: its weight is not of an output projection."""
-    if is_conv1d(layer):
-        return (tiles.view[0], tiles.view[1]) if tiles.dims == (0,) else None
-    called = isinstance(layer, nn.Linear) and not isinstance(
-        layer, NonDynamicallyQuantizableLinear
-    )  # MultiheadAttention's
-    is_output = called and len(tiles.view) == 3 and tiles.dims == (1,)
-    return (tiles.view[1], tiles.view[2]) if is_output else None
-
-
 def _weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -149,7 +165,7 @@ def _outputs(layer: nn.Module) -> int:
 def _met(layer: nn.Module) -> tuple[int, ...]:
     """Shape of what the weights of one output unit of each group meet: (groups, inputs of a group, kernel)."""
     shape = tuple(_weight(layer).shape)
-    groups = layer.groups if isinstance(layer, _CONVOLUTIONS) else 1
+    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
     return (groups, shape[0]) if is_conv1d(layer) else (groups, *shape[1:])
 
 
@@ -189,7 +205,9 @@ def _observe(
     Raises:
         ValueError: If no layer of a name was run on any rank.
     """
-    sums = {layer: torch.zeros(shape, device=_weight(layer).device) for layer, shape in shapes.items()}
+    sums = {
+        layer: torch.zeros(shape, dtype=torch.float32, device=_weight(layer).device) for layer, shape in shapes.items()
+    }
     counts = dict.fromkeys(shapes, 0)
 
     def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -218,15 +236,16 @@ def _observe(
 
 
 def _squared_inputs(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    square = x.float().square()
-    if not isinstance(layer, _CONVOLUTIONS):
-        return square.reshape(-1, square.shape[-1]).sum(0, keepdim=True)
+    if not isinstance(layer, CONVOLUTIONS):
+        return x.float().square().reshape(-1, x.shape[-1]).sum(0, keepdim=True)
     # What an entry of a kernel meets, summed over positions, is the derivative of the sum of the outputs by it.
+    meets = met(layer, x)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        kernel = torch.zeros(_met(layer), device=x.device, requires_grad=True)
-        return torch.autograd.grad(layer._conv_forward(square, kernel, None).sum(), kernel)[0]
+        kernel = torch.zeros(_met(layer), device=x.device, dtype=torch.float32, requires_grad=True)
+        outputs = convolve(meets._replace(x=meets.x.float().square()), kernel, layer.groups)
+        return torch.autograd.grad(outputs.sum(), kernel)[0]
 
 
 def _absolute_outputs(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    channels = -(_weight(layer).dim() - 1) if isinstance(layer, _CONVOLUTIONS) else -1
+    channels = -(_weight(layer).dim() - 1) if isinstance(layer, CONVOLUTIONS) else -1
     return y.float().abs().movedim(channels, -1).reshape(-1, _outputs(layer)).sum(0)

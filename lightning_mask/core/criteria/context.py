@@ -1,7 +1,9 @@
 """What a criterion may look at besides the parameters."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,14 @@ from torch import Tensor, nn
 from lightning_mask.core.criteria.examples import examples
 from lightning_mask.core.criteria.seeds import named_seed
 from lightning_mask.core.distributed import rank
-from lightning_mask.core.sharding import is_sharded
+from lightning_mask.core.sharding import deals_out, is_sharded
 
 Loss = Callable[[object], Tensor | None]
+
+NO_SAMPLED_LOSS = (
+    "This criterion needs a loss against labels drawn from the model's own predictions; define mask_sampled_loss(self, batch) "
+    "in the module (or pass sampled_loss=), or take score=fisher, which looks at the labels of the data."
+)
 
 
 class Context:
@@ -26,6 +33,8 @@ class Context:
         movement: Sum of ``-g * w`` over the optimizer steps so far, by parameter name, where it was kept.
         sampled_loss: As ``loss``, but against labels drawn from the model's own predictions, with torch's global random
             state (which is seeded before each call and put back after it).
+        begun: Whether training goes on already, or this choice is made again later: then scores that choose nothing are a
+            warning, where they would else end the run.
     """
 
     def __init__(
@@ -37,12 +46,24 @@ class Context:
         reference: Mapping[str, Tensor] | None = None,
         sampled_loss: Loss | None = None,
         movement: Mapping[str, Tensor] | None = None,
+        begun: bool = False,
     ) -> None:
-        self.model, self.seed = model, seed
+        self.model, self.seed, self.begun = model, seed, begun
         self._loss, self._batches, self._reference = loss, batches, reference
         self._sampled_loss, self._draws = sampled_loss, 0
         self.movement = movement
         self.used_data = False
+
+    def complain(self, message: str) -> None:
+        """Warn on the first rank; before training, raise.
+
+        Raises:
+            ValueError: The message, before training.
+        """
+        if not self.begun:
+            raise ValueError(message)
+        if rank() == 0:
+            warnings.warn(message, stacklevel=3)
 
     @property
     def reference(self) -> Mapping[str, Tensor]:
@@ -88,11 +109,7 @@ class Context:
             ValueError: If the context has no such loss.
         """
         if self._sampled_loss is None:
-            raise ValueError(
-                "This criterion needs a loss against labels drawn from the model's own predictions; define "
-                "mask_sampled_loss(self, batch) in the module (or pass sampled_loss=), or take score=fisher, which looks at "
-                "the labels of the data."
-            )
+            raise ValueError(NO_SAMPLED_LOSS)
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         seed = named_seed(self.seed, f"rank {rank()} draw {self._draws}")
         self._draws += 1
@@ -109,7 +126,7 @@ class Context:
         Raises:
             ValueError: If there is no batch.
         """
-        with eval_mode(self.model):
+        with self._looking():
             seen = 0
             for batch in self.batches:
                 with torch.no_grad():
@@ -124,7 +141,8 @@ class Context:
     ) -> Iterator[dict[str, Tensor]]:
         """Yield, batch by batch, the gradient of the mean loss over ``params``; zeros where the loss does not reach.
 
-        The model is in eval mode meanwhile; ``.grad``, ``requires_grad`` and every module's mode are as before after it.
+        The model is in eval mode meanwhile; ``.grad``, ``requires_grad``, buffers and every module's mode are as before after
+        it. What else a loss writes down in Python stays.
         Of sharded parameters the gradients are of the mean loss over the ranks, and sharded too.
 
         Args:
@@ -159,7 +177,7 @@ class Context:
             yield _named(params, torch.autograd.grad(terms, tensors, allow_unused=True) if terms else none)
 
     def _losses(self, tensors: list[Tensor], loss_of: Loss, split: bool = False) -> Iterator[Tensor]:
-        with _ready_for_gradients(self.model, tensors):
+        with self._looking(), _requiring_gradients(tensors), _differentiable(self.model):
             seen = 0
             for batch in self._examples() if split else self.batches:
                 with torch.enable_grad():
@@ -169,6 +187,23 @@ class Context:
                     yield value
             if not seen:
                 raise ValueError("This criterion needs training batches with a loss, and the training data gave none.")
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Eval mode, after which buffers are as before, and so are parameters unless somebody is told.
+
+        Raises:
+            ValueError: If the loss changed a parameter, before training.
+        """
+        versions = {} if deals_out(self.model) else {name: p._version for name, p in self.model.named_parameters()}
+        with eval_mode(self.model), _buffers_kept(self.model):
+            yield
+        for name, version in versions.items():
+            if self.model.get_parameter(name)._version != version:
+                self.complain(
+                    f"The loss that a criterion asked for changed {name}, as a training step may that moves a second network "
+                    "along; define mask_loss(self, batch) that returns the loss alone, or choose a criterion without data."
+                )
 
     def _examples(self) -> Iterator[object]:
         for batch in self.batches:
@@ -191,7 +226,11 @@ def _gradients_of(loss: Tensor, tensors: list[Tensor], parameters: list[nn.Param
 
 def _named(params: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> dict[str, Tensor]:
     pairs = zip(params.items(), found, strict=True)
-    return {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in pairs}
+    return {name: torch.zeros_like(p) if g is None else _dense(g.detach()) for (name, p), g in pairs}
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 @contextmanager
@@ -207,13 +246,35 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _ready_for_gradients(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    kept = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in kept:
+            module._buffers[name] = buffer
+            if buffer is not None and value is not None:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+@contextmanager
+def _requiring_gradients(tensors: list[Tensor]) -> Iterator[None]:
     frozen = [t for t in tensors if not t.requires_grad]
-    with eval_mode(model):
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
         for tensor in frozen:
-            tensor.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for tensor in frozen:
-                tensor.requires_grad_(False)
+            tensor.requires_grad_(False)
+
+
+def _differentiable(model: nn.Module) -> AbstractContextManager[Any]:
+    """cuDNN differentiates recurrent networks in training mode alone; torch's own kernels do it in eval mode, too."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()

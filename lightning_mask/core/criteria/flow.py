@@ -25,7 +25,7 @@ def synflow(params: Mapping[str, Tensor], context: Context) -> Scores:
     2020), section 6; the saliency is its equation (1).
 
     Raises:
-        ValueError: If there is no batch, what comes out is no tensor, or parameters are sharded.
+        ValueError: If there is no batch, what comes out is no tensor or too large a number, or parameters are sharded.
     """
     if any(is_sharded(p) for p in params.values()):
         raise ValueError(
@@ -47,7 +47,16 @@ def synflow(params: Mapping[str, Tensor], context: Context) -> Scores:
             )
         found = torch.autograd.grad(output.sum(), wanted, allow_unused=True)
     pairs = zip(params, wanted, found, strict=True)
-    return {n: torch.zeros_like(w, dtype=torch.float32) if g is None else (g * w.detach()).float() for n, w, g in pairs}
+    scores = {
+        n: torch.zeros_like(w, dtype=torch.float32) if g is None else (g * w.detach()).float() for n, w, g in pairs
+    }
+    odd = next((name for name, value in scores.items() if not value.isfinite().all()), None)
+    if odd is not None:
+        raise ValueError(
+            f"synflow: with every weight positive, what flows through the network is beyond {output.dtype} at {odd}; take "
+            "score=snip, or train in a higher precision."
+        )
+    return scores
 
 
 def _ones(part: Any) -> Any:

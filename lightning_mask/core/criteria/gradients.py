@@ -163,7 +163,7 @@ def relative_gradient(params: Mapping[str, Tensor], context: Context) -> Scores:
     Source: Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts" (2022), the relative gradient norm
     of Auto-RGN, averaged over batches as its code does.
     """
-    total = {name: torch.zeros((), device=p.device) for name, p in params.items()}
+    total = {name: torch.zeros((), dtype=torch.float32, device=p.device) for name, p in params.items()}
     count = 0
     for grads in context.gradients(params):
         count += 1
@@ -175,7 +175,7 @@ def relative_gradient(params: Mapping[str, Tensor], context: Context) -> Scores:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return whole(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
+    return whole(torch.linalg.vector_norm(tensor.detach().float()))
 
 
 @criterion("grad_variance")

@@ -1,13 +1,13 @@
 """The names of criteria, and how one is run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from inspect import signature
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.distributed import mean_over_ranks
@@ -15,15 +15,22 @@ from lightning_mask.core.sharding import is_sharded, local, reshard, shard, tota
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[Mapping[str, Tensor], Context], Scores]
+Check = Callable[[Sequence[str], nn.Module], object]
 
 CRITERIA: dict[str, Criterion] = {}
+_CHECKS: dict[Criterion, Check] = {}
 
 
-def criterion(name: str) -> Callable[[Criterion], Criterion]:
+def criterion(name: str, check: Check | None = None) -> Callable[[Criterion], Criterion]:
     """Register a criterion under ``name``, so that ``score=name`` finds it.
 
+    Args:
+        name: The name.
+        check: Called before training with the names in scope and the model; raises ValueError for what it cannot score, so
+            that a criterion that comes in mid-training does not stop it.
+
     Raises:
-        ValueError: If another function has that name already.
+        ValueError: If another function has that name already, or it does not take params and context.
 
     Example:
         >>> @criterion("distance_from_one")
@@ -35,7 +42,10 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
         known = CRITERIA.get(name)
         if known is not None and _defined(known) != _defined(function):
             raise ValueError(f"A criterion named {name!r} exists already ({'.'.join(_defined(known))}).")
+        _check_arguments(function)
         CRITERIA[name] = function
+        if check is not None:
+            _CHECKS[function] = check
         return function
 
     return register
@@ -44,7 +54,7 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
 def get(score: str | Criterion) -> Criterion:
     """Return the criterion of that name, or ``score`` itself when it is a function.
 
-    A name with dots that is not registered is imported: ``"mine.last_minus_first"`` is that function of ``mine.py``.
+    A name with dots that is not registered is imported: ``"mine.beyond_its_row"`` is that function of ``mine.py``.
 
     Raises:
         ValueError: If there is none of that name, or a partial gives arguments that its function does not take.
@@ -65,13 +75,34 @@ def get(score: str | Criterion) -> Criterion:
     return CRITERIA[score]
 
 
+def require(score: str | Criterion, names: Sequence[str], model: nn.Module) -> None:
+    """Refuse what a criterion cannot score, as far as that can be told without data.
+
+    Args:
+        score: The criterion.
+        names: Of the parameters in scope.
+        model: The module that owns them.
+
+    Raises:
+        ValueError: Naming what it cannot score.
+    """
+    check = _CHECKS.get(_function(get(score)))
+    if check is not None:
+        check(names, model)
+
+
+def _function(score: Criterion) -> Criterion:
+    while isinstance(score, partial):
+        score = score.func
+    return score
+
+
 def _check_arguments(score: Criterion) -> None:
-    function = score
-    while isinstance(function, partial):
-        function = function.func
-    if function is score:
+    function = _function(score)
+    try:
+        takes = signature(function)
+    except (TypeError, ValueError):  # it is not written in Python
         return
-    takes = signature(function)
     try:
         signature(score).bind({}, None)
     except (TypeError, ValueError) as error:
@@ -90,6 +121,7 @@ def _imported(path: str) -> Criterion:
         ) from None
     if not callable(function):
         raise ValueError(f"score={path!r} is not a function.")
+    _check_arguments(function)
     return function
 
 
@@ -122,6 +154,17 @@ def accumulates(score: str | Criterion) -> bool:
     return _defined(get(score)) == _defined(CRITERIA["movement"])
 
 
+def needs_loss(score: str | Criterion) -> bool:
+    """Whether a criterion of this package looks at the training's loss, or at what goes on in the network meanwhile."""
+    places = (f"{__package__}.gradients", f"{__package__}.activations")
+    return _defined(get(score))[0] in places and not accumulates(score) and not needs_sampled_loss(score)
+
+
+def needs_sampled_loss(score: str | Criterion) -> bool:
+    """Whether a criterion looks at the loss against labels that are drawn from the model's own predictions."""
+    return _defined(get(score)) == _defined(CRITERIA["fisher_sampled"])
+
+
 def from_weights(score: str | Criterion) -> bool:
     """Whether a criterion of this package looks at the weights alone, so that it can be tried before training."""
     return _defined(get(score))[0] == f"{__package__}.weights"
@@ -134,8 +177,7 @@ def is_own(score: str | Criterion) -> bool:
 
 def _defined(score: Criterion) -> tuple[str, str]:
     """Module and qualified name of a function, of that of a partial, or of the class of another callable object."""
-    while isinstance(score, partial):
-        score = score.func
+    score = _function(score)
     named = score if hasattr(score, "__qualname__") else type(score)
     return named.__module__, named.__qualname__
 
@@ -144,16 +186,26 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
     """Run a criterion, check what it returned, and average data-made scores over ranks.
 
     Raises:
-        ValueError: If a tensor is missing, has another shape, or holds nan.
+        ValueError: If a tensor is missing, is none of real numbers, has another shape, or holds nan; or if all scores are 0, so
+            that they choose nothing, which in mid-training is a warning.
     """
     function = get(score)
     label = score if isinstance(score, str) else getattr(score, "__name__", name_of(score))
     scores = function(params, context)
+    if not isinstance(scores, Mapping):
+        raise ValueError(
+            f"The criterion {label!r} returned {type(scores).__name__}; it must return a dict of names to tensors."
+        )
     if context.used_data:
         reshard(context.model)
     for name, parameter in params.items():
         if name not in scores:
             raise ValueError(f"The criterion {label!r} returned no score for {name}.")
+        if not isinstance(scores[name], Tensor) or scores[name].is_complex():
+            what = scores[name].dtype if isinstance(scores[name], Tensor) else type(scores[name]).__name__
+            raise ValueError(
+                f"The criterion {label!r} returned {what} for {name}; it must be a tensor of real numbers."
+            )
         if scores[name].shape != parameter.shape:
             raise ValueError(
                 f"The criterion {label!r} returned shape {tuple(scores[name].shape)} for {name} of {tuple(parameter.shape)}."
@@ -167,4 +219,11 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
             raise ValueError(
                 f"The criterion {label!r} gave nan for {name}; check the loss, or run it in a higher precision."
             )
+    # A depth may be 0 for all; what is measured and 0 everywhere would leave the choice to the order of the entries.
+    if not from_weights(score) and not any(any(totals([int(local(v).any())], v)) for v in result.values()):
+        context.complain(
+            f"The criterion {label!r} scored every entry 0, so it tells none from another. At the start of training nothing has "
+            "changed yet, and one batch alone has no variance: let a later phase or refresh= ask for it, or give it more "
+            "batches, or take another criterion."
+        )
     return result

@@ -1,9 +1,9 @@
 """Criteria from the weights alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.criteria.registry import Scores, criterion
@@ -18,7 +18,7 @@ def random_scores(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Scores:
     scores = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(named_seed(seed, name))
-        scores[name] = torch.rand(shape, generator=generator)
+        scores[name] = torch.rand(shape, generator=generator, dtype=torch.float32)
     return scores
 
 
@@ -111,18 +111,28 @@ def snr(params: Mapping[str, Tensor], context: Context) -> Scores:
 
 def _signal_to_noise(tensor: Tensor) -> Tensor:
     if tensor.dim() < 2:
-        return torch.zeros((), device=tensor.device)
+        return torch.zeros((), dtype=torch.float32, device=tensor.device)
     matrix = tensor.flatten(1).float()
     values = torch.linalg.svdvals(matrix)
     short, long = sorted(matrix.shape)
-    lower, upper = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device))
+    lower, upper = torch.quantile(values, values.new_tensor([0.25, 0.75]))
     edge = (upper - lower) / 1.349 * (1 + (short / long) ** 0.5)
     signal, below = values[values > edge].sum(), values[values <= edge].sum()
     noise = torch.where(below > 0, below, torch.ones_like(below))
     return torch.where(values[0] > 0, signal / noise / values[0], torch.zeros_like(below))
 
 
-@criterion("last_layers")
+def _blocks(names: Sequence[str], model: nn.Module) -> list[str]:
+    """The repeated blocks of a model."""
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks, so its tensors have no depth; name tensors in train."
+        )
+    return blocks
+
+
+@criterion("last_layers", check=_blocks)
 def last_layers(params: Mapping[str, Tensor], context: Context) -> Scores:
     """The depth of the block that a tensor is in: a budget goes to the last blocks first.
 
@@ -138,7 +148,7 @@ def last_layers(params: Mapping[str, Tensor], context: Context) -> Scores:
     return {name: value.expand(params[name].shape) for name, value in _depths(params, context).items()}
 
 
-@criterion("first_layers")
+@criterion("first_layers", check=_blocks)
 def first_layers(params: Mapping[str, Tensor], context: Context) -> Scores:
     """The depth of ``last_layers`` with its sign turned: a budget goes to the first blocks first.
 
@@ -152,15 +162,11 @@ def first_layers(params: Mapping[str, Tensor], context: Context) -> Scores:
 
 
 def _depths(params: Mapping[str, Tensor], context: Context) -> Scores:
-    blocks = repeated_blocks(context.model)
-    if not blocks:
-        raise ValueError(
-            f"{type(context.model).__name__} has no repeated blocks, so its tensors have no depth; name tensors in train."
-        )
+    blocks = _blocks(list(params), context.model)
     found: dict[str, int] = {}
     reached = 0
     for name, every in aliases(context.model).items():
         inside = [i for i, block in enumerate(blocks, 1) if any(n.startswith(f"{block}.") for n in every)]
         reached = max(inside, default=reached)
         found[name] = inside[0] if inside else (len(blocks) + 1 if reached == len(blocks) else reached)
-    return {name: torch.tensor(float(found[name]), device=p.device) for name, p in params.items()}
+    return {name: torch.tensor(float(found[name]), dtype=torch.float32, device=p.device) for name, p in params.items()}

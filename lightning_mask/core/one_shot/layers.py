@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from lightning_mask.core.convolutions import CONVOLUTIONS, met
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.transposed import is_conv1d, turned
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _AT_ONCE = 1 << 24  # numbers of unfolded images that are held at once
 
 
@@ -111,19 +110,16 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _groups(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, _CONVOLUTIONS) else 1
+    return layer.groups if isinstance(layer, CONVOLUTIONS) else 1
 
 
 def _met(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """The matrices X of each group, [groups, positions, entries of a row], a part of the batch at a time."""
-    if not isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, CONVOLUTIONS):
         yield x.reshape(1, -1, x.shape[-1])
         return
-    kernel, stride, dilation, groups = layer.kernel_size, layer.stride, layer.dilation, layer.groups
-    if x.dim() == len(kernel) + 1:
-        x = x[None]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = functional.pad(x, layer._reversed_padding_repeated_twice, mode)
+    x, stride, dilation = met(layer, x)
+    kernel, groups = layer.weight.shape[2:], layer.groups
     sizes = zip(x.shape[2:], kernel, stride, dilation, strict=True)
     places = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes]
     steps = [at * s for at, s in zip(x.stride()[2:], stride, strict=True)]
