@@ -258,13 +258,19 @@ def compare(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
         ImportError: If what draws the report is not installed.
     """
     check(cfg)
+    launcher = HydraConfig.get().launcher if HydraConfig.initialized() else None
+    if cfg.budget is not None and not is_basic(launcher):
+        raise ValueError(
+            f"budget={cfg.budget}: a launcher begins all runs that can run at once, so no time is left to look at the clock "
+            "between them; leave budget out, or the launcher."
+        )
     comparison.require_tools()
     console = Console(soft_wrap=True, highlight=False)
     wanted = cells(cfg, folder)
     results: dict[Path, dict[str, Any]] = {}
     remember(wanted, results, retry_failed=cfg.retry_failed)
     if not cfg.report_only:
-        _run(cfg, wanted, results, console)
+        _run(cfg, wanted, results, console, launcher)
     rows = write(wanted, results, folder)
     failed = [row for row in rows if row["error"] is not None]
     for row in failed:
@@ -278,9 +284,14 @@ def compare(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     return good
 
 
-def _run(cfg: DictConfig, wanted: Sequence[Cell], results: dict[Path, dict[str, Any]], console: Console) -> None:
+def _run(
+    cfg: DictConfig,
+    wanted: Sequence[Cell],
+    results: dict[Path, dict[str, Any]],
+    console: Console,
+    launcher: DictConfig | None,
+) -> None:
     """Run trials until nothing is left or the budget of minutes is used up."""
-    launcher = HydraConfig.get().launcher if HydraConfig.initialized() else None
     started, ran = time.time(), 0
     total = left = sum(progress(cell, results).left for cell in wanted)
     times = [r["wall_seconds"] for r in results.values() if r["error"] is None]
@@ -355,6 +366,9 @@ def write(wanted: Sequence[Cell], results: Mapping[Path, dict[str, Any]], folder
         head |= {"metric": cell.metric, "mode": cell.mode}
         if known.error is not None:
             rows.append({**head, "lr": None, "seed": None, "score": None, "error": known.error})
+        else:  # what was sought without them may be another rate
+            for trial, error in _failed_on_the_way(cell, known, results):
+                rows.append({**head, "lr": None, "seed": None, "score": None, "error": f"{trial.folder.name}: {error}"})
         for seed in cell.seeds if known.rung is not None else ():
             result = results.get(cell.trial(known.rung, seed, tuning=False).folder)  # type: ignore[arg-type]
             if result is not None:
@@ -363,6 +377,14 @@ def write(wanted: Sequence[Cell], results: Mapping[Path, dict[str, Any]], folder
     write_json(folder / "results.json", {"results": rows})
     write_json(folder / "rates.json", rates)
     return rows
+
+
+def _failed_on_the_way(
+    cell: Cell, known: Progress, results: Mapping[Path, Mapping[str, Any]]
+) -> list[tuple[Trial, str]]:
+    """The runs that looked for the rate and failed, for another reason than that they diverged."""
+    trials = [cell.trial(rung, seed, tuning=True) for rung in sorted(known.scores) for seed in cell.tuned]
+    return [(t, results[t.folder]["error"]) for t in trials if results[t.folder]["error"] is not None]
 
 
 def _row(result: Mapping[str, Any], metric: str) -> dict[str, Any]:

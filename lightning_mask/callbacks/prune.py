@@ -382,9 +382,10 @@ class PruneMask(MaskCallback):
         else:
             names = resolve(self.scope, module, "PruneMask: scope")
         if not names:
-            raise ValueError(
-                "PruneMask: the model has no Linear, convolution or attention weight to prune; name tensors in scope."
-            )
+            why = "the model has no Linear, convolution or attention weight to prune"
+            if self.scope is not None:
+                why = f"scope={self.scope!r} leaves nothing to prune, as its '!' take away all that it names"
+            raise ValueError(f"PruneMask: {why}; name other tensors in scope, for example 'weights:'.")
         with _named():
             found = parts(self.sparsity, names, module)
         parameters, transposed = dict(module.named_parameters()), transposed_weights(module)

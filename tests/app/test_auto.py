@@ -23,7 +23,7 @@ from lightning_mask.app.auto import choose, wait_for
 from lightning_mask.app.auto.budget import exceeds
 from lightning_mask.app.auto.halving import Setting
 from lightning_mask.app.auto.settings import all_settings
-from lightning_mask.app.auto.trial import hold_out
+from lightning_mask.app.auto.trial import hold_out, run_length
 from lightning_mask.app.parts import make_model
 from lightning_mask.app.train import train
 from lightning_mask.data import ImageData, mnist5k
@@ -283,6 +283,25 @@ def test_of_an_interrupted_choice_what_is_not_the_same_runs_again(
     with pytest.raises(ValueError, match=r"mask.minutes=1 is too short: a trial of 3 steps takes 100 s"):
         choose(config(*FEW, "mask.minutes=1"))
     assert not ran, "time that was spent counts"
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["trainer.max_steps=12", "trainer.max_epochs=1000"], 12),
+        (["trainer.max_steps=-1", "trainer.max_epochs=2"], 2 * 7),  # of 100 / 16 batches
+        (["trainer.max_steps=300", "trainer.max_epochs=2", "devices=2"], 2 * 4),
+        (["trainer.max_steps=-1", "trainer.max_epochs=2", "trainer.accumulate_grad_batches=3"], 2 * 3),
+        (["trainer.max_steps=-1", "trainer.max_epochs=2", "trainer.limit_train_batches=0.5"], 2 * 3),
+        (["trainer.max_steps=-1", "trainer.max_epochs=2", "devices=auto"], None),
+        (["trainer.max_steps=-1", "trainer.max_epochs=-1"], None),
+    ],
+)
+def test_no_trial_is_longer_than_the_run_by_its_steps_or_its_epochs(
+    words: list[str], steps: int | None, config: Config
+) -> None:
+    cfg = config(*FEW, "data.train_size=100", "data.batch_size=16", *words)
+    assert run_length(cfg, instantiate(cfg.data)) == steps
 
 
 def test_ranks_wait_for_the_first_of_their_own_launch(tmp_path: Path, config: Config) -> None:

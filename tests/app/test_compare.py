@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mask.app.auto import CHOICE
@@ -67,7 +68,7 @@ def test_a_comparison_from_start_to_report(config: Config, tmp_path: Path, capsy
     assert compare(config(BROKEN, "seeds=[0]", "report_only=true"), tmp_path) == [r for r in rows if r["seed"] == 0]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_runs_that_a_further_rate_asks_for_again_are_not_run_again(config: Config, tmp_path: Path) -> None:
     """With one rate the seeds run at once; when more rates are tried and it stays the best, their results are there."""
     words = ["~strategies.head", "~strategies.random", "baselines=[dense]", "seeds=[0]", "tasks.digits.lr=1e-8"]
@@ -166,6 +167,30 @@ def test_the_best_rate_is_looked_for_beyond_an_end_of_the_grid(config: Config, t
     cell = dataclasses.replace(cell, mode="min")
     falling = after({rate(cell.start + step): 0.5 - step / 10 if step < 2 else None for step in range(-1, 3)})
     assert (falling.rung, falling.scores[cell.start + 2]) == (cell.start + 1, None)
+
+
+def test_a_run_that_failed_while_the_rate_was_sought_is_named(config: Config, tmp_path: Path) -> None:
+    cell = cells(config("tuning.points=3", "tuning.widen=0"), tmp_path)[0]
+    results: dict[Path, dict[str, Any]] = {}
+    for rung, error, score in [(-1, None, 0.6), (0, "RuntimeError: worker killed", None), (1, None, 0.61)]:
+        folder = cell.trial(cell.start + rung, 1000, tuning=True).folder
+        metrics = {} if score is None else {"val/accuracy": score}
+        results[folder] = {"error": error, "metrics": metrics, "folder": str(folder)}
+    (row,) = write([cell], results, tmp_path)
+    assert row["error"] == f"lr-{rate(cell.start):g}-seed-1000: RuntimeError: worker killed"
+    stored = json.loads((tmp_path / "rates.json").read_text())[cell.task][cell.name]
+    assert stored["lr"] == rate(cell.start + 1)
+
+
+def test_a_budget_is_not_for_a_launcher_that_begins_everything_at_once(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = OmegaConf.create({"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"})
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"launcher": launcher}))
+    with pytest.raises(ValueError, match=r"budget=60: a launcher begins all runs .* leave budget out, or the launcher"):
+        compare(config("budget=60"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_that_finds_its_own_rate_is_given_one(config: Config, tmp_path: Path) -> None:

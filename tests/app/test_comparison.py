@@ -163,6 +163,16 @@ def test_a_ranking_is_by_the_seeds_that_each_pair_has() -> None:
     assert (found.groups, found.unranked) == ([["same"]], {"no spread against same": ["dense"]})
 
 
+def test_a_strategy_at_all_of_the_entries_and_at_fewer_has_one_place_in_each_ranking() -> None:
+    lower, lowest = ({seed: score - gap * (1 + seed / 100) for seed, score in DENSE.items()} for gap in (0.1, 0.2))
+    few = [*runs("dense", DENSE), *runs("a", lower, 0.1), *runs("b", lowest, 0.1)]
+    (alone,) = rank(summarise(few))
+    ten, whole = rank(summarise([*few, *runs("a", DENSE, 1.0)]))
+    assert alone == ten
+    assert ten.groups == [["dense"], ["a"], ["b"]]
+    assert (whole.density, whole.groups) == (1.0, [["a", "dense"]])
+
+
 def test_a_lower_score_is_better_where_the_task_says_so() -> None:
     results = runs("dense", DENSE, mode="min") + runs("low", {0: 0.5, 1: 0.521, 2: 0.541}, 0.01, mode="min")
     rows = summarise(results)

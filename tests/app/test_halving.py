@@ -118,6 +118,21 @@ def test_one_that_is_worse_after_more_steps_is_tried_at_its_next_smaller_rate() 
     assert ran(20 / 60) == (["none at lr 9", "none at lr 3"], ["head at lr 1"])
 
 
+def test_one_that_diverges_after_more_steps_is_tried_at_its_next_smaller_rate() -> None:
+    after = {("a", 9.0): (0.5, math.nan), ("a", 3.0): (0.8, 0.1), ("a", 1.0): (0.9, 0.2), ("b", 1.0): (0.7, 0.6)}
+
+    def run(setting: Setting, steps: int) -> Outcome:
+        score = after[setting.strategy, setting.lr or 0.0][steps > 2]
+        made = outcome(setting.strategy, None if math.isnan(score) else score, steps=steps, diverged=math.isnan(score))
+        return dataclasses.replace(made, setting=setting)
+
+    settings = [Setting(name, None, lr, 1, {}) for name, lr in after]
+    how: dict[str, Any] = {"steps": 2, "eta": 3, "mode": "min", "minutes": 1.0, "longest": None}
+    rungs, _ = halve(settings, run, **how, passed=lambda: 0.0)
+    assert [o.setting.name for o in rungs[1]] == ["a at lr 9", "a at lr 3", "b at lr 1"]
+    assert pick(decisive(rungs), "val/loss", "min")[0].setting.name == "a at lr 3"
+
+
 def test_a_rate_at_the_end_of_those_tried_is_followed_further() -> None:
     by_rate = {1.0: 5.0, 3.0: 4.0, 9.0: 3.0, 27.0: 3.5, 81.0: 1.0}
     now = 0.0
@@ -149,6 +164,7 @@ def test_a_setting_that_fails_in_a_longer_trial_is_not_chosen() -> None:
     assert decisive([first]) == first
     assert [o.setting.strategy for o in decisive([first, [outcome("a", None), outcome("b", 2.0)]])] == ["b"]
     assert [o.setting.strategy for o in decisive([first, [outcome("a", None), outcome("b", None)]])] == ["c"]
+    assert decisive([first, [outcome("a", 9.0, steps=3)]]) == first, "there was no time to compare it with another"
     with pytest.raises(ValueError, match=r"no candidate could be trained \(a: broke\)"):
         decisive([first[:1], [outcome("a", None)]])
 

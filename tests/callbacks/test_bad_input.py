@@ -177,6 +177,10 @@ BEFORE_TRAINING: dict[str, tuple[Callable[[], list[Any]], str]] = {
         lambda: [PruneMask(0.5, scope="block.*")],
         r"PruneMask: scope.*'block\.\*' matches no.*blocks",
     ),
+    "a prune scope that takes away all that it names": (
+        lambda: [PruneMask(0.5, scope=["type:Linear", "!*"])],
+        r"PruneMask: scope=\['type:Linear', '!\*'\] leaves nothing to prune, .* for example 'weights:'",
+    ),
     "a mask file that is not there": (
         lambda: [FreezeMask(mask="gone.safetensors")],
         r"FreezeMask: There is no mask file 'gone",

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, open_dict
 from lightning_mask.app.auto.account import make_record, show
 from lightning_mask.app.auto.halving import Outcome, Setting, halve, widen
 from lightning_mask.app.auto.settings import Auto, all_settings, uses_lr
-from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, trial_config
+from lightning_mask.app.auto.trial import HeldOut, alone, hold_out, outcome_of, run_length, trial_config
 from lightning_mask.app.launch import RUN
 from lightning_mask.app.newest import NEWEST
 from lightning_mask.app.parts import make_model
@@ -148,8 +148,8 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
         # of a copy: instantiating resolves what the block refers to, in place, and so would fix the optimizer's rate
         settings, left_out = all_settings(cfg, auto, make_model(copy.deepcopy(cfg), data))
         held_out = hold_out(cfg, auto, data)
+        longest = run_length(cfg, data)
         del data
-        longest = cfg.trainer.get("max_steps")
 
         def run(setting: Setting, steps: int) -> Outcome:
             nonlocal earlier
@@ -182,7 +182,7 @@ def _find(cfg: DictConfig, auto: Auto) -> dict[str, Any]:
             eta=auto.eta,
             mode=auto.mode,
             minutes=auto.minutes,
-            longest=longest if isinstance(longest, int) and longest > 0 else None,
+            longest=longest,
             passed=passed,
         )
         widen(rungs, run, most=auto.widen, mode=auto.mode, minutes=auto.minutes, passed=passed)

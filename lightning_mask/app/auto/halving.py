@@ -5,8 +5,8 @@
   algorithm 1, with whole runs in place of pulls, as Hyperband does: Li et al. 2018). After the first round the best of every
   strategy goes on before any second best, as far as there is time: what trains little is ahead after a few
   steps and behind after many, and halving is wrong about curves that cross (Li et al. 2018, on many settings against long runs).
-* A setting that is worse after the longer trial than it was after the shorter one has too large a rate: the next smaller one runs
-  right after it, as far as there is time.
+* A setting that is worse after the longer trial than it was after the shorter one, or diverged in it, has too large a rate: the
+  next smaller one runs right after it, as far as there is time.
 * Widening: where the best of the last round has the largest or the smallest rate of all that its strategy was tried at, it
   runs at the next one, too.
 * The choice: the best of the last round that two or more ran. What lies within one standard error of it, by the error of the
@@ -56,6 +56,7 @@ class Outcome:
     Attributes:
         score: The monitored figure; None where the trial failed.
         error: Why it failed, or was dropped.
+        diverged: Whether it failed because its figure was not finite.
         seconds: Wall-clock seconds.
         entries: Entries that trained at its end.
         optimizer_bytes: Bytes of optimizer state.
@@ -74,6 +75,7 @@ class Outcome:
     seconds_per_step: float
     losses: tuple[Tensor, Tensor] | None
     folder: str
+    diverged: bool = False
 
 
 def halve(
@@ -168,14 +170,10 @@ def _expected(outcome: Outcome, steps: int) -> float:
 
 
 def _smaller(outcome: Outcome, before: Mapping[Setting, Outcome], mode: str) -> Setting | None:
-    """The same at the next smaller rate that was tried before, if it is worse than it was then; else None."""
-    own, then = outcome.setting, before[outcome.setting].score
-    if (
-        outcome.score is None
-        or then is None
-        or own.lr is None
-        or (outcome.score - then) * (1 if mode == "min" else -1) <= 0
-    ):
+    """The same at the next smaller rate that was tried before, if it is worse than it was then or diverged; else None."""
+    own, now, then = outcome.setting, outcome.score, before[outcome.setting].score
+    worse = now is not None and then is not None and (now - then) * (1 if mode == "min" else -1) > 0
+    if own.lr is None or not (worse or outcome.diverged):
         return None
     alike = [
         s
@@ -240,13 +238,14 @@ def widen(
 
 
 def decisive(rungs: Sequence[Sequence[Outcome]]) -> list[Outcome]:
-    """Return the outcomes that decide: those of the last rung with settings that failed in none.
+    """Return the outcomes that decide: those of the last rung that two or more ran, with settings that failed in none.
 
     Raises:
         ValueError: If all settings that went on failed, and there were no others.
     """
     failed = [o.setting for rung in rungs for o in rung if o.score is None]
-    for rung in reversed(rungs):
+    compared = [rung for rung in rungs if len(rung) > 1] or rungs
+    for rung in reversed(compared):
         if left := [o for o in rung if o.setting not in failed]:
             return left
     error = rungs[-1][0]

@@ -89,6 +89,28 @@ def hold_out(cfg: DictConfig, auto: Auto, data: LightningDataModule) -> Amount |
     return auto.held_out
 
 
+def run_length(cfg: DictConfig, data: LightningDataModule) -> int | None:
+    """Return the optimizer steps of the run by its steps or its epochs, whichever are fewer; None: neither tells.
+
+    Args:
+        cfg: The run's.
+        data: Its data module, which may say how many examples it trains on (``sizes["train"]``).
+    """
+    given, found = cfg.trainer, []
+    steps, epochs, examples = given.get("max_steps"), given.get("max_epochs"), getattr(data, "sizes", {}).get("train")
+    if isinstance(steps, int) and steps > 0:
+        found.append(steps)
+    batch, devices = cfg.data.get("batch_size"), given.get("devices", 1)
+    devices = len(devices) if isinstance(devices, ListConfig) else devices
+    if isinstance(epochs, int) and epochs > 0 and examples and batch and isinstance(devices, int) and devices > 0:
+        batches = math.ceil(examples / (batch * devices * given.get("num_nodes", 1)))
+        limit = given.get("limit_train_batches")
+        if limit is not None:
+            batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
+        found.append(epochs * math.ceil(batches / (given.get("accumulate_grad_batches") or 1)))
+    return min(found, default=None)
+
+
 def trial_config(
     cfg: DictConfig, auto: Auto, setting: Setting, steps: int, held_out: Amount | None, folder: Path
 ) -> DictConfig:
@@ -170,10 +192,11 @@ def outcome_of(auto: Auto, setting: Setting, steps: int, result: dict[str, Any],
         folder: Of the trial.
     """
     score, error, facts = result["metrics"].get(auto.monitor), result["error"], result["mask"]
+    diverged = False
     if error is None and auto.monitor not in result["metrics"]:
         error = f"{auto.monitor} was not logged; there are {', '.join(sorted(result['metrics']))}"
     elif error is None and (score is None or not math.isfinite(score)):
-        score, error = None, f"{auto.monitor} is not finite"
+        score, error, diverged = None, f"{auto.monitor} is not finite", True
     if (beyond := exceeds(auto.budget, facts)) is not None:
         score, error = None, beyond
     return Outcome(
@@ -187,6 +210,7 @@ def outcome_of(auto: Auto, setting: Setting, steps: int, result: dict[str, Any],
         seconds_per_step=facts.get("seconds_per_step", 0.0),
         losses=_losses(folder / _LOSSES) if error is None else None,
         folder=f"{folder.parent.name}/{folder.name}",
+        diverged=diverged,
     )
 
 

@@ -16,6 +16,7 @@ How the numbers come about:
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -209,18 +210,19 @@ def judged(family: Sequence[Difference], mode: str = "max") -> list[Difference]:
 def rank(rows: Sequence[Row]) -> list[Ranking]:
     """Return one ranking for each density of one task; strategies without a density take part in each.
 
+    So does one at density 1.0, unless it was tried at others as well: then that is a density like these.
+
     All pairs are compared, by their paired differences and with Holm over all pairs, because the best is chosen by the data.
     A group is the best of what is left and all that is not separated from it.
 
     Args:
         rows: Of one task.
     """
-    whole = [row for row in rows if row.is_whole]
-    densities = sorted({row.density for row in rows if not row.is_whole}, key=density_order)
-    return [
-        _rank(density, [*whole, *(r for r in rows if not r.is_whole and r.density == density)])
-        for density in densities or [None]
-    ]
+    times = Counter(row.strategy for row in rows)
+    whole = [row for row in rows if row.is_whole and times[row.strategy] == 1]
+    others = [row for row in rows if row not in whole]
+    densities = sorted({row.density for row in others}, key=density_order)
+    return [_rank(d, [*whole, *(row for row in others if row.density == d)]) for d in densities or [None]]
 
 
 def by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:

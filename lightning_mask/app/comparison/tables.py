@@ -139,7 +139,7 @@ def _short(rows: Sequence[Row], against: str, titled: bool) -> str:
     seeds = sorted({len(row.scores) for row in rows})
     number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     note = f"Mean ± standard error, {number} seeds; ▲ better or ▼ worse than {against} (paired t, Holm, 5 %)"
-    note += "; no mark: no difference seen."
+    note += "; no mark: no difference shown."
     return f"{_markdown(lines)}\n\n{note}"
 
 
