@@ -38,11 +38,18 @@ runs() { [ -s "$FOLDER/run/$1.pid" ] && kill -0 "$(cat "$FOLDER/run/$1.pid")" 2>
 
 free_ports() {
     python3 - "$1" <<'PYTHON'
-import socket, sys
-sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
-for each in sockets:
-    each.bind(("127.0.0.1", 0))
-print(*(each.getsockname()[1] for each in sockets))
+import random, socket, sys
+ports = []
+for port in random.sample(range(20000, 32000), 12000):  # below those that the kernel gives to others meanwhile
+    with socket.socket() as each:
+        try:
+            each.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+    ports.append(port)
+    if len(ports) == int(sys.argv[1]):
+        break
+print(*ports)
 PYTHON
 }
 
@@ -105,7 +112,7 @@ start() {
     for node in $NODES; do
         slurmd -N "$node" -f "$SLURM_CONF"
     done
-    for _ in $(seq 100); do
+    for _ in $(seq 300); do
         [ "$(sinfo -h -N -p main -t idle -o %N 2>/dev/null | sort -u | wc -l)" = 2 ] && return
         sleep 0.2
     done
@@ -142,7 +149,7 @@ down() {
         runs "$name" || continue
         pid="$(cat "$FOLDER/run/$name.pid")"
         kill "$pid"
-        for _ in $(seq 100); do
+        for _ in $(seq 600); do
             kill -0 "$pid" 2>/dev/null || break
             sleep 0.1
         done

@@ -49,7 +49,7 @@ def config(tmp_path: Path) -> Callable[..., DictConfig]:
 
 def command(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command; standard error goes where standard output goes."""
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "HYDRA_FULL_ERROR")}
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "HYDRA_FULL_ERROR", "PYTHON_FOR_VENV")}
     return subprocess.run(
         [*words],
         cwd=cwd,

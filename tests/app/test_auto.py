@@ -34,7 +34,7 @@ Config = Callable[..., DictConfig]
 
 HEAD = 170
 BODY = 5142 - HEAD
-QUICK = [*TINY, "mask=auto", "mask.steps=3", "mask.eta=2", "mask.minutes=5", "mask.widen=0", "trainer.max_steps=12"]
+QUICK = [*TINY, "mask=auto", "mask.steps=3", "mask.eta=2", "mask.minutes=60", "mask.widen=0", "trainer.max_steps=12"]
 NONE = [f"~mask.candidates.{name}" for name in ("none", "random", "bitfit", "gradient", "magnitude")]
 FEW = [*QUICK, *NONE, "mask.densities=[0.01,0.1]", "mask.rates=[1,10]"]
 

@@ -100,9 +100,7 @@ def test_several_fits_in_a_row_begin_anew() -> None:
     run.fit_loop.max_epochs = 3
     run.fit(net, loader())  # the same Trainer goes on counting its steps
     assert run.global_step == 24
-    held = ~freeze.masks["stem.weight"]
     assert changed(before, weights(net))
-    assert held.shape == net.stem.weight.shape
     assert int((net.head.weight == 0).sum()) == 12
 
 

@@ -115,7 +115,7 @@ def another_job(folder: Path) -> Iterator[int]:
     if pid == 0:
         with kept_to_this_job(folder):
             os.write(told, b"x")
-            time.sleep(60)
+            signal.pause()
         os._exit(0)
     assert os.read(ready, 1) == b"x"
     try:
@@ -257,16 +257,21 @@ def test_a_run_that_starts_anew_in_a_used_folder_goes_on_from_its_own_checkpoint
     assert step_of(folder / "last.ckpt") == 3
 
 
-def launched(*words: str) -> "subprocess.Popen[str]":
-    """Two ranks of the application under torchrun."""
+@contextmanager
+def launched(*words: str) -> Iterator["subprocess.Popen[str]"]:
+    """Two ranks of the application under torchrun, for as long as the block lasts."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen(
+    with subprocess.Popen(
         [*command, str(REPO / "scripts/train.py"), *words],
         env=clean_environment() | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
+    ) as job:
+        try:
+            yield job
+        finally:
+            job.terminate()  # and torchrun its ranks
 
 
 def second_rank(agent: int) -> int:
@@ -277,7 +282,10 @@ def second_rank(agent: int) -> int:
 
 def wait_for(file: Path, than: int = -1) -> None:
     until = time.monotonic() + 150
-    while not (file.exists() and step_of(file) > than):
+    while True:
+        with suppress(FileNotFoundError):  # between two names it is away
+            if step_of(file) > than:
+                return
         assert time.monotonic() < until, f"{file} did not come"
         time.sleep(0.2)
 
@@ -288,17 +296,17 @@ def test_under_torchrun_a_killed_rank_ends_the_job_and_a_signal_to_one_rank_save
     words += [f"hydra.run.dir={tmp_path / 'run'}", "trainer.max_steps=100000", "callbacks.last.every_n_steps=5"]
     words += ["trainer.val_check_interval=100000"]
     last = tmp_path / "run/checkpoints/last.ckpt"
-    job = launched(*words)
-    wait_for(last)
-    os.kill(second_rank(job.pid), signal.SIGKILL)
-    output, _ = job.communicate()
+    with launched(*words) as job:
+        wait_for(last)
+        os.kill(second_rank(job.pid), signal.SIGKILL)
+        output, _ = job.communicate()
     assert job.returncode != 0, output
     before = step_of(last)
 
-    job = launched(*words)
-    wait_for(last, before)
-    os.kill(second_rank(job.pid), signal.SIGUSR1)
-    output, _ = job.communicate()
+    with launched(*words) as job:
+        wait_for(last, before)
+        os.kill(second_rank(job.pid), signal.SIGUSR1)
+        output, _ = job.communicate()
     assert job.returncode != 0, output
     assert f"going on from {last}" in output
     assert "stopped by" in output

@@ -170,7 +170,7 @@ def test_a_signal_between_the_trials_of_mask_auto_stops_the_choice_which_then_go
         *cut,
         "mask.steps=3",
         "mask.eta=2",
-        "mask.minutes=5",
+        "mask.minutes=60",
         "mask.rates=[1,10]",
         "test=false",
     ]

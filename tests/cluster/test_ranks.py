@@ -19,6 +19,7 @@ from tests.app.conftest import REPO, TINY, command
 TWO = [*TINY, "trainer=ddp_cpu", "logger=none", "test=false"]
 FAILS = dedent(
     """
+    import time
     from lightning.pytorch import Callback
 
 
@@ -26,6 +27,10 @@ FAILS = dedent(
         def on_train_batch_start(self, trainer, *_):
             if trainer.global_step == 1 and trainer.global_rank == 1:
                 raise RuntimeError("out of luck")
+
+        def on_exception(self, trainer, *_):
+            if trainer.global_rank == 0:  # torchrun knows by whole seconds which of two failed first
+                time.sleep(2)
     """
 )
 
@@ -97,7 +102,11 @@ def test_ranks_that_run_other_code_are_refused(tmp_path: Path) -> None:
     assert (
         f"error: Ranks 1 on {host} differ from rank 0 on {host} in the code of lightning_mask. Install" in done.stdout
     )
-    assert "differ from rank 0" in (tmp_path / "run/errors/rank-1.txt").read_text()
+    left = [
+        file.read_text() for file in (tmp_path / "run/errors").iterdir()
+    ]  # torchrun may end one before it has written
+    assert left
+    assert all("differ from rank 0" in text for text in left)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -135,7 +135,7 @@ def held_jobs(folder: Path, ranks: int) -> list[str]:
     while len(there := list(folder.glob("there-*"))) < ranks:
         assert time.monotonic() < end, [file.read_text() for file in folder.rglob("*.out")]
         time.sleep(0.2)
-    return sorted({file.name.split("-")[1] for file in there})
+    return sorted({file.name.split("-")[1] for file in there}, key=int)
 
 
 def test_a_job_that_was_stopped_or_displaced_goes_on_and_ends_as_one_that_was_not(

@@ -154,7 +154,7 @@ def test_the_hash_tells_names_shapes_and_every_bit_apart():
     st.floats(0, 1),
     st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_state_round_trip(shapes: dict[str, list[int]], density: float, seed: int):
     masks = MaskSet({name: draw(tuple(shape), density, seed) for name, shape in shapes.items()}, {"seed": seed})
     again = MaskSet.from_state(masks.to_state())

@@ -1,5 +1,6 @@
 """A delta onto its base is the tuned model, and off again the base, bit for bit, whatever they are and lie in."""
 
+import ctypes
 import json
 import sys
 import threading
@@ -271,6 +272,7 @@ def anonymous_memory(most: list[int]) -> Iterator[None]:
         words = Path("/proc/self/status").read_text().split()
         return int(words[words.index("RssAnon:") + 1]) * 1024
 
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before could be used again unseen
     done, before, seen = threading.Event(), now(), []
 
     def watch() -> None:

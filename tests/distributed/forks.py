@@ -8,7 +8,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 Function = Callable[..., Any]
@@ -29,9 +31,12 @@ def clean_environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody listens on, and that nobody is given by the kernel before it is used."""
+    while True:
+        port = SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(ranks: int, function: Function, *arguments: Any, seconds: float = 600) -> list[int]:
