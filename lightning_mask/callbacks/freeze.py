@@ -113,7 +113,7 @@ class FreezeMask(MaskCallback):
         """Choose the mask, unless a checkpoint brought it."""
         if not self._restored:
             self._draws, self._drawn = 0, session.step
-            self._masks = session.select(self.selection, again=self.refresh is not None)
+            self._masks = session.select(self.selection)
 
     def advance(self, session: Session) -> str | None:
         """Choose anew when ``refresh`` says so."""

@@ -265,7 +265,7 @@ class PhaseUnfreeze(MaskCallback):
             require_equal((index, session.step), "PhaseUnfreeze: the phase to enter and its step")
         self._progress = _Progress(phase=index, since=session.step, drawn=session.step)
         if self.selects:
-            self._masks = session.select(self.current.selection, again=self.current.refresh is not None)
+            self._masks = session.select(self.current.selection)
         else:
             self._masks = session.free()
         if not self._masks.count():

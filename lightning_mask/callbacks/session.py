@@ -114,7 +114,7 @@ class Session:
             return Run(math.inf, math.inf, debug, len(self.trainer.optimizers))
         return Run(total if total > 0 else math.inf, per_epoch, debug)
 
-    def context(self, selection_seed: int, batches: int, begun: bool = False) -> Context:
+    def context(self, selection_seed: int, batches: int) -> Context:
         """Return what a criterion may look at; under DDP with the buffers of rank 0, which are those that are saved."""
         wrapper = self.trainer.strategy.model
         if isinstance(wrapper, DistributedDataParallel) and wrapper.broadcast_buffers:
@@ -128,11 +128,10 @@ class Session:
             seed=selection_seed,
             reference=self.reference,
             movement=self.movement.sums if self.movement is not None and self.movement.steps else None,
-            begun=begun or self.step > 0,
         )
 
-    def select(self, selection: Selection, draw: int = 0, again: bool = False) -> MaskSet:
-        """Follow a recipe, for the ``draw``-th time, and ``again`` later; return masks that all ranks agree on.
+    def select(self, selection: Selection, draw: int = 0) -> MaskSet:
+        """Follow a recipe, for the ``draw``-th time; return masks that all ranks agree on.
 
         Raises:
             ValueError: If the recipe is at fault.
@@ -141,8 +140,7 @@ class Session:
         if draw:
             selection = replace(selection, seed=named_seed(selection.seed, f"draw {draw}"))
         with nullcontext() if self.engine is None else self.engine.whole_gradients():
-            context = self.context(selection.seed, selection.batches, begun=again)
-            masks = select(selection, self.module, context, self.trainable)
+            masks = select(selection, self.module, self.context(selection.seed, selection.batches), self.trainable)
         self.agree(masks, "A new mask")
         return masks
 

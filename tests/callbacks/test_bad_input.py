@@ -286,10 +286,6 @@ BEFORE_TRAINING: dict[str, tuple[Callable[[], list[Any]], str]] = {
         lambda: [PruneMask(0.5, score="fisher_sampled", start="9 steps")],
         r"PruneMask: This criterion needs a loss against labels",
     ),
-    "a criterion of training at its start": (
-        lambda: [FreezeMask(score="change", density=0.5)],
-        r"The criterion 'change' scored every entry 0, .* At the start of training nothing has changed yet",
-    ),
     "refresh of no step": (
         lambda: [FreezeMask(score="random", density=0.5, refresh="1%")],
         r"refresh='1%' is less than a step in this run",

@@ -11,7 +11,7 @@ from mask_nets import loader as batches
 from torch import Tensor, nn
 
 from lightning_mask import FreezeMask, Phase, PhaseUnfreeze, PruneMask
-from lightning_mask.core.criteria import CRITERIA, may_need_reference
+from lightning_mask.core.criteria import CRITERIA
 from lightning_mask.core.criteria.weights import spectral
 
 SCORES = sorted({*CRITERIA} - {"head_activation"})  # the network has no heads
@@ -25,7 +25,7 @@ class Sampling(Net):
         return nn.functional.cross_entropy(logits, logits.detach().softmax(1).multinomial(1).squeeze(1))
 
 
-@pytest.mark.parametrize("score", [s for s in SCORES if not may_need_reference(s)])  # at the start nothing has changed
+@pytest.mark.parametrize("score", SCORES)
 def test_it_chooses_the_entries_that_train_and_holds_the_others(score: str) -> None:
     net = Sampling("batch", dropout=0.2)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -44,13 +44,7 @@ def test_it_chooses_the_entries_that_train_and_holds_the_others(score: str) -> N
 def test_it_prunes(score: str) -> None:
     net = Sampling()
     mask = PruneMask(
-        0.5,
-        score=score,
-        start="1 steps",
-        schedule="constant",
-        batches=2,
-        scope=[*LINEAR, "!head"],
-        allow_whole_layers=True,
+        0.5, score=score, schedule="constant", batches=2, scope=[*LINEAR, "!head"], allow_whole_layers=True
     )
     trainer(mask, max_steps=2).fit(net, batches())
     assert sum(int((net.get_parameter(n) == 0).sum()) for n in SIZES if n != "head.weight") == 192

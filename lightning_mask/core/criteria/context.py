@@ -33,8 +33,6 @@ class Context:
         movement: Sum of ``-g * w`` over the optimizer steps so far, by parameter name, where it was kept.
         sampled_loss: As ``loss``, but against labels drawn from the model's own predictions, with torch's global random
             state (which is seeded before each call and put back after it).
-        begun: Whether training goes on already, or this choice is made again later: then scores that choose nothing are a
-            warning, where they would else end the run.
     """
 
     def __init__(
@@ -46,24 +44,12 @@ class Context:
         reference: Mapping[str, Tensor] | None = None,
         sampled_loss: Loss | None = None,
         movement: Mapping[str, Tensor] | None = None,
-        begun: bool = False,
     ) -> None:
-        self.model, self.seed, self.begun = model, seed, begun
+        self.model, self.seed = model, seed
         self._loss, self._batches, self._reference = loss, batches, reference
         self._sampled_loss, self._draws = sampled_loss, 0
         self.movement = movement
         self.used_data = False
-
-    def complain(self, message: str) -> None:
-        """Warn on the first rank; before training, raise.
-
-        Raises:
-            ValueError: The message, before training.
-        """
-        if not self.begun:
-            raise ValueError(message)
-        if rank() == 0:
-            warnings.warn(message, stacklevel=3)
 
     @property
     def reference(self) -> Mapping[str, Tensor]:
@@ -190,20 +176,18 @@ class Context:
 
     @contextmanager
     def _looking(self) -> Iterator[None]:
-        """Eval mode, after which buffers are as before, and so are parameters unless somebody is told.
-
-        Raises:
-            ValueError: If the loss changed a parameter, before training.
-        """
+        """Eval mode, after which buffers are as before; a warning names a parameter that is not."""
         versions = {} if deals_out(self.model) else {name: p._version for name, p in self.model.named_parameters()}
         with eval_mode(self.model), _buffers_kept(self.model):
             yield
         for name, version in versions.items():
-            if self.model.get_parameter(name)._version != version:
-                self.complain(
-                    f"The loss that a criterion asked for changed {name}, as a training step may that moves a second network "
-                    "along; define mask_loss(self, batch) that returns the loss alone, or choose a criterion without data."
+            if self.model.get_parameter(name)._version != version and rank() == 0:
+                warnings.warn(
+                    f"The loss that a criterion asked for wrote into {name}, as a training step may that moves a second network "
+                    "along; define mask_loss(self, batch) that returns the loss alone, or choose a criterion without data.",
+                    stacklevel=4,
                 )
+                return
 
     def _examples(self) -> Iterator[object]:
         for batch in self.batches:

@@ -1,5 +1,6 @@
 """The names of criteria, and how one is run."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mask.core.criteria.context import Context
-from lightning_mask.core.distributed import mean_over_ranks
+from lightning_mask.core.distributed import mean_over_ranks, rank
 from lightning_mask.core.sharding import is_sharded, local, reshard, shard, totals
 
 Scores = dict[str, Tensor]
@@ -186,8 +187,10 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
     """Run a criterion, check what it returned, and average data-made scores over ranks.
 
     Raises:
-        ValueError: If a tensor is missing, is none of real numbers, has another shape, or holds nan; or if all scores are 0, so
-            that they choose nothing, which in mid-training is a warning.
+        ValueError: If a tensor is missing, is none of real numbers, has another shape, or holds nan.
+
+    Warns:
+        UserWarning: If all scores are 0, so that the order of the entries decides.
     """
     function = get(score)
     label = score if isinstance(score, str) else getattr(score, "__name__", name_of(score))
@@ -220,10 +223,15 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
                 f"The criterion {label!r} gave nan for {name}; check the loss, or run it in a higher precision."
             )
     # A depth may be 0 for all; what is measured and 0 everywhere would leave the choice to the order of the entries.
-    if not from_weights(score) and not any(any(totals([int(local(v).any())], v)) for v in result.values()):
-        context.complain(
-            f"The criterion {label!r} scored every entry 0, so it tells none from another. At the start of training nothing has "
+    if (
+        not from_weights(score)
+        and not any(any(totals([int(local(v).any())], v)) for v in result.values())
+        and rank() == 0
+    ):
+        warnings.warn(
+            f"The criterion {label!r} scored every entry 0, so the first entries are taken. At the start of training nothing has "
             "changed yet, and one batch alone has no variance: let a later phase or refresh= ask for it, or give it more "
-            "batches, or take another criterion."
+            "batches, or take another criterion.",
+            stacklevel=2,
         )
     return result

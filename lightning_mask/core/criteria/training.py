@@ -13,7 +13,7 @@ from lightning_mask.core.sharding import shard
 def change(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``|w - w_0|``, w_0 being the weights at the start of training.
 
-    At the start itself all are 0, which is refused: for a later phase, or with ``refresh``. An entry that is exactly 0 now
+    At the start itself all are 0, which warns: for a later phase, or with ``refresh``. An entry that is exactly 0 now
     scores 0: it was pruned, which is no change of training's.
 
     Source: Ansell et al., "Composable Sparse Fine-Tuning for Cross-Lingual Transfer" (LT-SFT, 2021), section 3; the
