@@ -292,7 +292,7 @@ def _run(
     launcher: DictConfig | None,
 ) -> None:
     """Run trials until nothing is left or the budget of minutes is used up."""
-    started, ran = time.time(), 0
+    started, ran, together = time.time(), 0, not is_basic(launcher)
     total = left = sum(progress(cell, results).left for cell in wanted)
     times = [r["wall_seconds"] for r in results.values() if r["error"] is None]
     each = sum(times) / len(times) if times else cfg.trial_seconds
@@ -308,9 +308,10 @@ def _run(
         results[trial.folder] = result
         left = sum(progress(cell, results).left for cell in wanted)
         total = max(total, ran + left)
-        mean = (time.time() - started) / ran
-        cell = names[trial.folder]
-        console.print(f"{_line(cell, trial, result)}  {ran} of {ran + left}, {span(mean * left)} left")
+        until = (
+            "" if together else f", {span((time.time() - started) / ran * left)} left"
+        )  # they all end before the first is told
+        console.print(f"{_line(names[trial.folder], trial, result)}  {ran} of {ran + left}{until}")
 
     while True:
         if cfg.budget is not None and time.time() - started >= 60 * cfg.budget and left:
@@ -323,7 +324,9 @@ def _run(
                 ready.append(trial)
         if not ready:
             return
-        now = ready[:1] if is_basic(launcher) else ready
+        now = ready if together else ready[:1]
+        if together:
+            console.print(f"{len(now)} runs begin; each is shown when all of them have ended")
         found = run_trials(now, launcher=launcher, retry_failed=cfg.retry_failed, told=told)
         results |= {trial.folder: result for trial, result in zip(now, found, strict=True)}  # some may have run before
 

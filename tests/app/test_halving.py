@@ -132,6 +132,20 @@ def test_one_that_diverges_after_more_steps_is_tried_at_its_next_smaller_rate() 
     assert [o.setting.name for o in rungs[1]] == ["a at lr 9", "a at lr 3", "b at lr 1"]
     assert pick(decisive(rungs), "val/loss", "min")[0].setting.name == "a at lr 3"
 
+    now = 0.0
+
+    def slowly(setting: Setting, steps: int) -> Outcome:
+        nonlocal now
+        now += 1.0 if steps == 2 else 15.0
+        return dataclasses.replace(run(setting, steps), seconds_per_step=14 / 4)
+
+    rungs, no_time = halve(settings, slowly, **how | {"minutes": 40 / 60}, passed=lambda: now)
+    assert [(o.setting.name, o.score) for o in rungs[1]] == [("a at lr 9", None), ("a at lr 3", 0.1)]
+    assert [s.name for s, _ in no_time] == ["b at lr 1"]
+    assert pick(decisive(rungs), "val/loss", "min")[0].setting.name == "b at lr 1", (
+        "a score alone is compared with nothing"
+    )
+
 
 def test_a_rate_at_the_end_of_those_tried_is_followed_further() -> None:
     by_rate = {1.0: 5.0, 3.0: 4.0, 9.0: 3.0, 27.0: 3.5, 81.0: 1.0}
@@ -162,7 +176,9 @@ def test_a_rate_at_the_end_of_those_tried_is_followed_further() -> None:
 def test_a_setting_that_fails_in_a_longer_trial_is_not_chosen() -> None:
     first = [outcome("a", 1.0), outcome("b", 2.0), outcome("c", 3.0)]
     assert decisive([first]) == first
-    assert [o.setting.strategy for o in decisive([first, [outcome("a", None), outcome("b", 2.0)]])] == ["b"]
+    second = [outcome("a", None), outcome("b", 2.0), outcome("d", 4.0)]
+    assert [o.setting.strategy for o in decisive([first, second])] == ["b", "d"]
+    assert decisive([first, second[:2]]) == first[1:], "one alone is compared with nothing"
     assert [o.setting.strategy for o in decisive([first, [outcome("a", None), outcome("b", None)]])] == ["c"]
     assert decisive([first, [outcome("a", 9.0, steps=3)]]) == first, "there was no time to compare it with another"
     with pytest.raises(ValueError, match=r"no candidate could be trained \(a: broke\)"):

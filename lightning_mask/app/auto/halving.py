@@ -9,9 +9,9 @@
   next smaller one runs right after it, as far as there is time.
 * Widening: where the best of the last round has the largest or the smallest rate of all that its strategy was tried at, it
   runs at the next one, too.
-* The choice: the best of the last round that two or more ran. What lies within one standard error of it, by the error of the
-  paired difference (as in the one-standard-error rule of Breiman et al., "Classification and Regression Trees", 1984, section
-  3.4.3), is named, with the fewest entries that would do: who wants few gives a budget.
+* The choice: the best of the last round from which two or more have a score. What lies within one standard error of it, by the
+  error of the paired difference (as in the one-standard-error rule of Breiman et al., "Classification and Regression Trees",
+  1984, section 3.4.3), is named, with the fewest entries that would do: who wants few gives a budget.
 """
 
 import math
@@ -238,16 +238,15 @@ def widen(
 
 
 def decisive(rungs: Sequence[Sequence[Outcome]]) -> list[Outcome]:
-    """Return the outcomes that decide: those of the last rung that two or more ran, with settings that failed in none.
+    """Return the outcomes that decide: those of settings that failed in none, of the last rung that has two of them or more.
 
     Raises:
         ValueError: If all settings that went on failed, and there were no others.
     """
     failed = [o.setting for rung in rungs for o in rung if o.score is None]
-    compared = [rung for rung in rungs if len(rung) > 1] or rungs
-    for rung in reversed(compared):
-        if left := [o for o in rung if o.setting not in failed]:
-            return left
+    left = [good for rung in rungs if (good := [o for o in rung if o.setting not in failed])]
+    if left:
+        return next((good for good in reversed(left) if len(good) > 1), left[-1])
     error = rungs[-1][0]
     raise ValueError(f"mask=auto: no candidate could be trained ({error.setting.name}: {error.error}).")
 
