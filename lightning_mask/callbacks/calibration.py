@@ -139,12 +139,11 @@ def batch_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor 
         ValueError: If the module optimizes manually and has no ``mask_loss``, or what comes back is no loss.
     """
     own = _own_loss(module)
-    with _precision(trainer), isolate_rng():
+    with _precision(trainer), isolate_rng(), _quiet(module):
         if callable(own):
             loss = own(batch)
         elif module.automatic_optimization:
-            with _quiet(module):
-                output = _training_step(module, batch)
+            output = _training_step(module, batch)
             loss = output.get("loss") if isinstance(output, dict) else output
         else:
             raise ValueError(_no_loss(module))

@@ -186,7 +186,7 @@ class Session:
                     selection.score, selection.scope_names(self.module, self.trainable), self.module
                 )
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{where}: {error}") from None
+            raise (ValueError if isinstance(error, ValueError) else FileNotFoundError)(f"{where}: {error}") from None
         if selection.score is None and not selection.empty:
             masks = select(selection, self.module, Context(self.module))
             if not masks.count():

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a call, by position and by name."""
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -30,7 +32,7 @@ class Met(NamedTuple):
     dilation: tuple[int, ...]
 
 
-class _Reached(Exception):
+class _Reached(BaseException):  # which no forward is to catch
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
 
@@ -50,33 +52,36 @@ class _UpToConvolution(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def met(layer: nn.Module, x: Tensor) -> Met:
-    """Return what the kernel of ``layer`` meets when it is given ``x``.
+def first_input(given: Given) -> Tensor:
+    """Return the first of what a layer was called with."""
+    args, kwargs = given
+    x: Tensor = next(iter((*args, *kwargs.values())))
+    return x.detach()
+
+
+def met(layer: nn.Module, given: Given) -> Met:
+    """Return what the kernel of ``layer`` meets when it is called with ``given``.
+
+    Where its ``forward`` comes to no convolution of torch with a weight of the layer's shape, that of torch's own class does.
 
     Args:
         layer: One of ``CONVOLUTIONS``.
-        x: Its input, [batch, channels, *space] or without batch.
-
-    Raises:
-        ValueError: If its ``forward`` comes to no convolution of torch with a weight of the layer's shape.
+        given: Arguments of its call; its input is [batch, channels, *space] or without batch.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    convolution: Any = layer
+    weight, (args, kwargs) = convolution.weight, given
+    found: dict[str, Any] = {}
     try:
         with _UpToConvolution(weight.shape), torch.no_grad():
-            layer.forward(x)
+            convolution.forward(*args, **kwargs)
+            convolution._conv_forward(first_input(given), weight, None)
     except _Reached as reached:
-        given = reached.given
-    else:
-        raise ValueError(
-            f"{type(layer).__name__} computes its output without torch's convolution, so what its weight meets cannot be told; "
-            "take its weights out of scope, or choose a criterion that does not look at activations."
-        )
-    x, kernel = given["input"], weight.shape[2:]
+        found = reached.given
+    x, kernel = found["input"].detach(), weight.shape[2:]
     if x.dim() == len(kernel) + 1:
         x = x[None]
-    stride, dilation = (_each(given.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
-    return Met(functional.pad(x, _padding(given.get("padding", 0), kernel, dilation)), stride, dilation)
+    stride, dilation = (_each(found.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+    return Met(functional.pad(x, _padding(found.get("padding", 0), kernel, dilation)), stride, dilation)
 
 
 def convolve(met: Met, kernel: Tensor, groups: int) -> Tensor:

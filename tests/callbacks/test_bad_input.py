@@ -313,6 +313,23 @@ def test_bad_input_is_refused_before_the_first_step(case: str) -> None:
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
+@pytest.mark.parametrize("late", [lambda s: PhaseUnfreeze([Phase("5 steps"), s(Phase)]), lambda s: s(PruneMask)])
+def test_a_criterion_with_a_loss_wants_one_of_a_module_that_optimizes_by_hand_before_training(late: Any) -> None:
+    class ByHand(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            pytest.fail("it trained")
+
+    def scored(make: Any) -> Any:
+        return make(0.5, score="snip", start="9 steps") if make is PruneMask else make(score="fisher", density=0.5)
+
+    with pytest.raises(ValueError, match=r"ByHand optimizes manually, .* define mask_loss\(self, batch\)"):
+        fit(ByHand(), late(scored))
+
+
 @pytest.mark.parametrize(
     "callback",
     [

@@ -128,3 +128,10 @@ def test_a_training_step_that_cannot_be_called_in_eval_mode_is_named_with_the_wa
             return self.loss(batch)
 
     fit(WithLoss(), FreezeMask(score="fisher", density=0.3))
+
+    class TooLarge(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no memory$"):
+        fit(TooLarge(), FreezeMask(score="fisher", density=0.3))

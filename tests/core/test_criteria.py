@@ -1,10 +1,11 @@
+import dataclasses
 import functools
 import importlib
 import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -284,15 +285,19 @@ class Moves(nn.Linear):
         super().__init__(2, 1)
         self.follower = nn.Parameter(torch.zeros(2), requires_grad=False)
         self.register_buffer("queue", torch.zeros(3))
-        self.register_buffer("average", None)
+        self.register_buffer("average", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("one", torch.ones(1).expand(4))
         self.moves_parameter = parameter
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         self.queue[1] += 1  # type: ignore[index, operator]
         self.average = batch[0].mean()
+        self.cache = torch.ones(7)
+        self.seen.resize_(2).fill_(1)  # type: ignore[operator]
         if self.moves_parameter:
-            with torch.no_grad():
-                self.follower += 1
+            self.follower.data = self.follower.data + 1
         return (self(batch[0]) - batch[1]).square().mean()
 
 
@@ -302,11 +307,100 @@ def test_a_loss_that_moves_buffers_leaves_them_and_one_that_moves_parameters_is_
     where = {"weight": model.weight}
     compute(score, where, Context(model, model.loss, lambda: BATCHES))
     assert not model.queue.any()  # type: ignore[operator]
-    assert model.average is None
+    assert model.average == 0
+    assert (len(model.cache), len(model.seen)) == (7, 2), "what grew is left as it is"  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        compute(score, where, Context(model, lambda batch: model.loss(batch) * (1 // 0), lambda: BATCHES))
+    assert not model.queue.any(), "also after an error"  # type: ignore[operator]
     model = Moves(parameter=True)
     where = {"weight": model.weight}
-    with pytest.warns(UserWarning, match=r"wrote into follower, .*define mask_loss\(self, batch\)"):
+    with pytest.warns(UserWarning, match=r"moved follower, .*Define mask_loss\(self, batch\)"):
         compute(score, where, Context(model, model.loss, lambda: BATCHES))
+
+
+def test_a_buffer_that_was_made_for_inference_is_left_alone():
+    model = Moves(parameter=False)
+    with torch.inference_mode():
+        model.average = torch.minimum(model.average, torch.ones(()))  # type: ignore[assignment, arg-type]
+    frozen = model.follower
+    with torch.inference_mode():
+        frozen.data = torch.zeros(2)
+    compute("fisher", {"weight": model.weight}, Context(model, model.loss, lambda: BATCHES))
+
+
+def test_cudnn_is_off_for_recurrent_layers_in_eval_mode_and_as_it_was_afterwards():
+    for net, on in ((nn.GRU(2, 3), False), (nn.Linear(2, 3), True)):
+        seen = []
+
+        def loss(batch: tuple[Tensor, Tensor], net: nn.Module = net, seen: list[bool] = seen) -> Tensor:
+            seen.append(torch.backends.cudnn.enabled)
+            out = net(batch[0])
+            return (out if isinstance(out, Tensor) else out[0]).square().mean()
+
+        compute("fisher", dict(net.named_parameters()), Context(net, loss, lambda: BATCHES))
+        assert seen == [on, on]
+        assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.usefixtures("registry")
+def test_functions_and_objects_of_all_kinds_are_criteria():
+    def doubled(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+        @functools.wraps(function)
+        def called(params: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+            return function(params, context, 2)
+
+        return called
+
+    @doubled
+    def wrapped(params: Mapping[str, Tensor], context: Context, power: int) -> dict[str, Tensor]:
+        return far(params, context, power)
+
+    @dataclasses.dataclass
+    class Unhashable:
+        power: int
+
+        def __call__(self, params: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+            return far(params, context, self.power)
+
+    @criterion("to_the_power")
+    def to_the_power(params: Mapping[str, Tensor], context: Context, power: int) -> dict[str, Tensor]:
+        return far(params, context, power)
+
+    model = unit()
+    for score in (wrapped, Unhashable(2), functools.partial(to_the_power, power=2), functools.partial(Unhashable(2))):
+        criteria.require(score, ["weight"], model)
+        assert compute(score, {"weight": model.weight}, Context(model))["weight"].tolist() == [[4.0, 1.0]]
+    with pytest.raises(ValueError, match="to_the_power cannot be called with params and context alone"):
+        get("to_the_power")
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_criterion_says_before_training_what_it_cannot_score():
+    def check(names: Sequence[str], model: nn.Module) -> None:
+        raise ValueError(f"not {names} of {type(model).__name__}")
+
+    @criterion("never", check=check)
+    def never(params: Mapping[str, Tensor], context: Context, power: int = 1) -> dict[str, Tensor]:
+        return far(params, context, power)
+
+    for score in ("never", never, functools.partial(never, power=2)):
+        with pytest.raises(ValueError, match=r"not \['weight'\] of Linear"):
+            criteria.require(score, ["weight"], unit())
+    for score in ("last_layers", "first_layers"):
+        with pytest.raises(ValueError, match="Linear has no repeated blocks"):
+            criteria.require(score, ["weight"], unit())
+    attention = nn.MultiheadAttention(4, 2)
+    with pytest.raises(ValueError, match=r"The layer of out_proj\.weight was not run"):
+        criteria.require("wanda", ["out_proj.weight"], attention)
+
+
+def test_random_scores_are_the_same_whatever_the_default_dtype():
+    expected = random_scores({"a": (50,)}, 3)["a"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(random_scores({"a": (50,)}, 3)["a"], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_gradients_of_a_sparse_embedding_are_seen_dense():

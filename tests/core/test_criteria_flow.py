@@ -65,3 +65,14 @@ def test_what_it_cannot_run_is_said():
         compute("synflow", dict(model.named_parameters()), Context(model, batches=lambda: [torch.ones(1, 2)]))
     with pytest.raises(ValueError, match="gave no batch"):
         compute("synflow", dict(model.named_parameters()), Context(model, batches=lambda: []))
+
+
+def test_a_flow_that_is_too_large_for_its_numbers_is_refused_by_name():
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(nn.Linear(64, 64) for _ in range(40)))
+    with torch.no_grad():
+        for p in deep.parameters():
+            p.fill_(10.0)
+    context = Context(deep, batches=lambda: [torch.randn(2, 64)])
+    with pytest.raises(ValueError, match=r"synflow: .* is beyond torch.float32 at 0\.weight; take score=snip"):
+        compute("synflow", {n: p for n, p in deep.named_parameters() if n.endswith("weight")}, context)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_mask.core.convolutions import CONVOLUTIONS, convolve, met
+from lightning_mask.core.convolutions import CONVOLUTIONS, Given, convolve, first_input, met
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.criteria.registry import Scores, criterion
 from lightning_mask.core.distributed import mean_over_ranks
@@ -25,7 +25,8 @@ from lightning_mask.core.transposed import is_conv1d
 
 def _check_layers(asked: str, kinds: tuple[str, ...], names: Sequence[str], model: nn.Module) -> None:
     for name in names:
-        _layers(name, model, kinds, asked)
+        if all(isinstance(layer, NonDynamicallyQuantizableLinear) for layer in _layers(name, model, kinds, asked)):
+            raise ValueError(_not_run(name))  # MultiheadAttention never calls it
 
 
 @criterion("wanda", check=partial(_check_layers, "wanda", ("weight",)))
@@ -137,8 +138,8 @@ def head_activation(params: Mapping[str, Tensor], context: Context) -> Scores:
     places, every, sizes = _heads_of(list(params), context.model)
     layers = {output: [every[output]] for output in dict.fromkeys(places[name][0] for name in params)}
 
-    def norms(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return x.float().reshape(-1, *sizes[layer]).norm(dim=-1).sum(0)
+    def norms(layer: nn.Module, given: Given, y: Tensor) -> Tensor:
+        return first_input(given).float().reshape(-1, *sizes[layer]).norm(dim=-1).sum(0)
 
     sums = _observe(norms, {layer: sizes[layer][:1] for (layer,) in layers.values()}, layers, context)
     scores = {}
@@ -180,7 +181,7 @@ def _layers(name: str, model: nn.Module, kinds: tuple[str, ...], asked: str) -> 
     for each in aliases(model).get(name, ()):
         path, _, kind = each.rpartition(".")
         layer = modules[path]
-        if kind in kinds and (isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_conv1d(layer)):
+        if kind in kinds and (isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_conv1d(layer)):
             found[layer] = None
     if not found:
         raise ValueError(
@@ -190,8 +191,15 @@ def _layers(name: str, model: nn.Module, kinds: tuple[str, ...], asked: str) -> 
     return list(found)
 
 
+def _not_run(name: str) -> str:
+    return (
+        f"The layer of {name} was not run on the batches (a fused kernel may read its weight without calling it), so there is "
+        f"nothing to score it by; take it away with '!{name}' in scope."
+    )
+
+
 def _observe(
-    observe: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    observe: Callable[[nn.Module, Given, Tensor], Tensor],
     shapes: Mapping[nn.Module, tuple[int, ...]],
     layers: Mapping[str, list[nn.Module]],
     context: Context,
@@ -211,8 +219,7 @@ def _observe(
     counts = dict.fromkeys(shapes, 0)
 
     def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x = next(iter((*args, *kwargs.values())))
-        sums[layer] += observe(layer, x.detach(), output.detach())
+        sums[layer] += observe(layer, (args, kwargs), output.detach())
         counts[layer] += output.numel() // _outputs(layer)
 
     with ExitStack() as hooks:
@@ -224,10 +231,7 @@ def _observe(
     counted = dict(zip(shapes, mean_over_ranks(seen).tolist(), strict=True))
     for name, every in layers.items():
         if not any(counted[layer] for layer in every):
-            raise ValueError(
-                f"The layer of {name} was not run on the batches (a fused kernel may read its weight without calling it), so "
-                f"there is nothing to score it by; take it away with '!{name}' in scope."
-            )
+            raise ValueError(_not_run(name))
     means = {layer: mean_over_ranks(value) for layer, value in sums.items()}
     return {
         name: (torch.stack([means[layer] for layer in every]).sum(0), sum(counted[layer] for layer in every))
@@ -235,17 +239,19 @@ def _observe(
     }
 
 
-def _squared_inputs(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _squared_inputs(layer: nn.Module, given: Given, y: Tensor) -> Tensor:
     if not isinstance(layer, CONVOLUTIONS):
+        x = first_input(given)
         return x.float().square().reshape(-1, x.shape[-1]).sum(0, keepdim=True)
     # What an entry of a kernel meets, summed over positions, is the derivative of the sum of the outputs by it.
-    meets = met(layer, x)
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        kernel = torch.zeros(_met(layer), device=x.device, dtype=torch.float32, requires_grad=True)
+    meets = met(layer, given)
+    device = meets.x.device
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        kernel = torch.zeros(_met(layer), device=device, dtype=torch.float32, requires_grad=True)
         outputs = convolve(meets._replace(x=meets.x.float().square()), kernel, layer.groups)
         return torch.autograd.grad(outputs.sum(), kernel)[0]
 
 
-def _absolute_outputs(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _absolute_outputs(layer: nn.Module, given: Given, y: Tensor) -> Tensor:
     channels = -(_weight(layer).dim() - 1) if isinstance(layer, CONVOLUTIONS) else -1
     return y.float().abs().movedim(channels, -1).reshape(-1, _outputs(layer)).sum(0)

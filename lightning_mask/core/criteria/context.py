@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_mask.core.criteria.examples import examples
 from lightning_mask.core.criteria.seeds import named_seed
@@ -14,6 +14,8 @@ from lightning_mask.core.distributed import rank
 from lightning_mask.core.sharding import deals_out, is_sharded
 
 Loss = Callable[[object], Tensor | None]
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 NO_SAMPLED_LOSS = (
     "This criterion needs a loss against labels drawn from the model's own predictions; define mask_sampled_loss(self, batch) "
@@ -176,18 +178,17 @@ class Context:
 
     @contextmanager
     def _looking(self) -> Iterator[None]:
-        """Eval mode, after which buffers are as before; a warning names a parameter that is not."""
-        versions = {} if deals_out(self.model) else {name: p._version for name, p in self.model.named_parameters()}
+        """Eval mode, after which buffers are as before; a warning names a frozen parameter that is not."""
+        before = _marks(self.model)
         with eval_mode(self.model), _buffers_kept(self.model):
             yield
-        for name, version in versions.items():
-            if self.model.get_parameter(name)._version != version and rank() == 0:
-                warnings.warn(
-                    f"The loss that a criterion asked for wrote into {name}, as a training step may that moves a second network "
-                    "along; define mask_loss(self, batch) that returns the loss alone, or choose a criterion without data.",
-                    stacklevel=4,
-                )
-                return
+        moved = next((name for name, mark in _marks(self.model).items() if before.get(name, mark) != mark), None)
+        if moved is not None and rank() == 0:
+            warnings.warn(
+                f"The loss that a criterion asked for moved {moved}, which requires no gradient; is it of a second network that "
+                "follows? Define mask_loss(self, batch) that returns the loss alone, or choose a criterion without data.",
+                stacklevel=4,
+            )
 
     def _examples(self) -> Iterator[object]:
         for batch in self.batches:
@@ -229,19 +230,40 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _marks(model: nn.Module) -> dict[str, int]:
+    """A sum of the bits of each parameter that requires no gradient; none of those that are dealt out over ranks."""
+    if deals_out(model):
+        return {}
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad and _is_here(p)}
+    return {
+        name: int(p.view(_BITS[p.element_size()]).sum(dtype=torch.int64)) for name, p in frozen.items() if p.numel()
+    }
+
+
+def _is_here(tensor: Tensor) -> bool:
+    """Whether it has values that may be read and written in place."""
+    odd = is_lazy(tensor) or tensor.is_meta or tensor.is_inference() or tensor.layout != torch.strided
+    return not odd and tensor.element_size() in _BITS
+
+
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back buffers whose values changed, but for caches (not persistent) and those that have another shape since."""
     kept = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
+        (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set and _is_here(buffer)
     ]
     try:
         yield
     finally:
         for module, name, buffer, value in kept:
+            now = module._buffers.get(name)
+            if now is None or now.shape != value.shape or now.dtype != value.dtype or torch.equal(now, value):
+                continue
             module._buffers[name] = buffer
-            if buffer is not None and value is not None:
+            if not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
 
@@ -258,7 +280,12 @@ def _requiring_gradients(tensors: list[Tensor]) -> Iterator[None]:
             tensor.requires_grad_(False)
 
 
-def _differentiable(model: nn.Module) -> AbstractContextManager[Any]:
-    """cuDNN differentiates recurrent networks in training mode alone; torch's own kernels do it in eval mode, too."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Without cuDNN where the model is recurrent: it differentiates such layers in training mode alone."""
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.enabled
+    cudnn.enabled = before and not any(isinstance(module, nn.RNNBase) for module in model.modules())
+    try:
+        yield
+    finally:
+        cudnn.enabled = before

@@ -19,7 +19,7 @@ Criterion = Callable[[Mapping[str, Tensor], Context], Scores]
 Check = Callable[[Sequence[str], nn.Module], object]
 
 CRITERIA: dict[str, Criterion] = {}
-_CHECKS: dict[Criterion, Check] = {}
+_CHECKS: dict[str, Check] = {}
 
 
 def criterion(name: str, check: Check | None = None) -> Callable[[Criterion], Criterion]:
@@ -31,7 +31,7 @@ def criterion(name: str, check: Check | None = None) -> Callable[[Criterion], Cr
             that a criterion that comes in mid-training does not stop it.
 
     Raises:
-        ValueError: If another function has that name already, or it does not take params and context.
+        ValueError: If another function has that name already.
 
     Example:
         >>> @criterion("distance_from_one")
@@ -43,10 +43,9 @@ def criterion(name: str, check: Check | None = None) -> Callable[[Criterion], Cr
         known = CRITERIA.get(name)
         if known is not None and _defined(known) != _defined(function):
             raise ValueError(f"A criterion named {name!r} exists already ({'.'.join(_defined(known))}).")
-        _check_arguments(function)
         CRITERIA[name] = function
         if check is not None:
-            _CHECKS[function] = check
+            _CHECKS[name] = check
         return function
 
     return register
@@ -73,6 +72,7 @@ def get(score: str | Criterion) -> Criterion:
         raise ValueError(
             f"score={score!r} is unknown; {hint}there are {', '.join(sorted(CRITERIA))}. Register your own with @criterion."
         )
+    _check_arguments(CRITERIA[score])
     return CRITERIA[score]
 
 
@@ -87,9 +87,10 @@ def require(score: str | Criterion, names: Sequence[str], model: nn.Module) -> N
     Raises:
         ValueError: Naming what it cannot score.
     """
-    check = _CHECKS.get(_function(get(score)))
-    if check is not None:
-        check(names, model)
+    function = _function(get(score))
+    for name, check in _CHECKS.items():
+        if CRITERIA.get(name) is function:
+            check(names, model)
 
 
 def _function(score: Criterion) -> Criterion:
@@ -101,11 +102,11 @@ def _function(score: Criterion) -> Criterion:
 def _check_arguments(score: Criterion) -> None:
     function = _function(score)
     try:
-        takes = signature(function)
+        takes = signature(function, follow_wrapped=False)
     except (TypeError, ValueError):  # it is not written in Python
         return
     try:
-        signature(score).bind({}, None)
+        signature(score, follow_wrapped=False).bind({}, None)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"score={name_of(score)} cannot be called with params and context alone ({error}); {name_of(function)} takes {takes}."
@@ -230,8 +231,8 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
     ):
         warnings.warn(
             f"The criterion {label!r} scored every entry 0, so the first entries are taken. At the start of training nothing has "
-            "changed yet, and one batch alone has no variance: let a later phase or refresh= ask for it, or give it more "
-            "batches, or take another criterion.",
+            "changed yet, and one batch alone has no variance: ask for it later (a later phase, refresh=, start= of PruneMask), "
+            "give it more batches, or take another criterion.",
             stacklevel=2,
         )
     return result

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_mask.core.criteria.context import eval_mode
 from lightning_mask.core.maskset import MaskSet, own
-from lightning_mask.core.one_shot.layers import Weight, first_input, gram
+from lightning_mask.core.one_shot.layers import Weight, gram
 from lightning_mask.core.one_shot.methods import METHODS, Quota
 from lightning_mask.core.one_shot.recipe import OneShot
 from lightning_mask.core.one_shot.walk import Args, Forward, Unit, Walk
@@ -121,7 +121,7 @@ def _grams(walk: Walk, unit: Unit, weights: list[Weight]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
 
     def add(weight: Weight, layer: nn.Module, args: Args) -> None:
-        square = gram(layer, first_input(*args), weight.dtype)
+        square = gram(layer, args, weight.dtype)
         sums[weight.name] = sums[weight.name].add_(square) if weight.name in sums else square
 
     see = {layer: partial(add, weight, layer) for weight in weights for layer in _layers(weight, unit)}

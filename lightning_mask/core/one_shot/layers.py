@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mask.core.convolutions import CONVOLUTIONS, met
+from lightning_mask.core.convolutions import CONVOLUTIONS, Given, first_input, met
 from lightning_mask.core.patterns import aliases
 from lightning_mask.core.transposed import is_conv1d, turned
 
@@ -82,7 +81,7 @@ def weights_of(model: nn.Module, names: Iterable[str]) -> list[Weight]:
     return found
 
 
-def gram(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+def gram(layer: nn.Module, given: Given, dtype: torch.dtype) -> Tensor:
     """Return ``X^T X`` of what the rows of a layer's weight meet, [groups, entries of a row, entries of a row].
 
     A row of ``X`` is one position of the input (a token; of a convolution what lies under the kernel), so every position
@@ -90,12 +89,12 @@ def gram(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         layer: A linear or convolution layer.
-        x: Its input: [..., inputs], or [batch, channels, *space] (or without batch) of a convolution.
+        given: Arguments of its call. Its input is [..., inputs], or of a convolution [batch, channels, *space] or without batch.
         dtype: Of the result.
     """
     total: Tensor | None = None
-    with torch.autocast(x.device.type, enabled=False):
-        for part in _met(layer, x):
+    with torch.autocast(first_input(given).device.type, enabled=False):
+        for part in _met(layer, given):
             part = part.to(dtype)
             square = part.transpose(1, 2) @ part
             total = square if total is None else total.add_(square)
@@ -103,22 +102,17 @@ def gram(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return what a layer was called with."""
-    x: Tensor = next(iter((*args, *kwargs.values())))
-    return x.detach()
-
-
 def _groups(layer: nn.Module) -> int:
     return layer.groups if isinstance(layer, CONVOLUTIONS) else 1
 
 
-def _met(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def _met(layer: nn.Module, given: Given) -> Iterator[Tensor]:
     """The matrices X of each group, [groups, positions, entries of a row], a part of the batch at a time."""
     if not isinstance(layer, CONVOLUTIONS):
+        x = first_input(given)
         yield x.reshape(1, -1, x.shape[-1])
         return
-    x, stride, dilation = met(layer, x)
+    x, stride, dilation = met(layer, given)
     kernel, groups = layer.weight.shape[2:], layer.groups
     sizes = zip(x.shape[2:], kernel, stride, dilation, strict=True)
     places = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes]
