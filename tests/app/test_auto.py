@@ -23,7 +23,7 @@ from lightning_mask.app.auto import choose, wait_for
 from lightning_mask.app.auto.budget import exceeds
 from lightning_mask.app.auto.halving import Setting
 from lightning_mask.app.auto.settings import all_settings
-from lightning_mask.app.auto.trial import hold_out, run_length
+from lightning_mask.app.auto.trial import hold_out, outcome_of, run_length
 from lightning_mask.app.parts import make_model
 from lightning_mask.app.train import train
 from lightning_mask.data import ImageData, mnist5k
@@ -369,6 +369,26 @@ def test_what_a_trial_shows_to_exceed_the_budget_is_not_chosen() -> None:
     )
     for budget, facts in ((None, lifted), ("100 B", lifted), (10, {})):
         assert exceeds(budget, facts) is None
+
+
+def test_only_a_figure_that_is_not_finite_counts_as_diverged(config: Config, tmp_path: Path) -> None:
+    given = instantiate(config(*FEW, "mask.budget=100").mask)
+
+    def after(metrics: dict[str, float], error: str | None = None, active: int = 50) -> tuple[Any, ...]:
+        result = {
+            "metrics": metrics,
+            "error": error,
+            "mask": {"active": active, "most_active": active},
+            "wall_seconds": 1.0,
+        }
+        made = outcome_of(given, Setting("a", None, 1.0, None, {}), 3, result, tmp_path)
+        return made.score, made.error, made.diverged
+
+    assert after({"val/loss": 0.5}) == (0.5, None, False)
+    assert after({"val/loss": math.nan}) == (None, "val/loss is not finite", True)
+    assert after({"other": 1.0})[::2] == (None, False)
+    assert after({}, "RuntimeError: no memory") == (None, "RuntimeError: no memory", False)
+    assert after({"val/loss": 0.5}, active=101)[::2] == (None, False)
 
 
 def test_bad_input_is_refused_before_any_trial(
