@@ -35,6 +35,17 @@ class Wider(nn.Conv2d):
         return conv2d(x, torch.cat([self.weight, -self.weight]), None, self.stride, self.padding)  # type: ignore[arg-type]
 
 
+def blurred(x: Tensor) -> Tensor:
+    return conv2d(x, torch.ones(2, 1, 3, 3), padding=1, groups=2)
+
+
+class Blurred(nn.Conv2d):
+    """Of what another convolution makes of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(blurred(x))
+
+
 class Partly(nn.Conv2d):
     """Of an image of which not all can be seen."""
 
@@ -70,6 +81,8 @@ def test_a_layer_that_makes_its_kernel_or_its_input_anew_meets_what_comes_to_the
     x = torch.randn(2, 4, 6, 7)
     plain = nn.Conv2d(4, 6, 3, 2, padding=1, groups=2, bias=False)
     assert torch.equal(norms(Standardised(4, 6, 3, 2, padding=1, groups=2), x), norms(plain, x))
+    x2 = torch.randn(2, 2, 6, 7)
+    assert torch.equal(norms(Blurred(2, 3, 3), x2), norms(nn.Conv2d(2, 3, 3), blurred(x2)))
     assert torch.equal(norms(ByKeyword(4, 6, 3, 2, padding=0, groups=2), x), norms(plain, 2 * x))
 
 
