@@ -1,25 +1,22 @@
 """Criteria from how a signal flows through the network, with neither labels nor a loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from lightning_mask.core.criteria.context import Context, eval_mode
-from lightning_mask.core.criteria.registry import Scores, criterion
-from lightning_mask.core.sharding import deals_out
+from lightning_mask.core.criteria.registry import Scores, criterion, not_of_shards
 
 
-def _whole(names: Sequence[str], model: nn.Module) -> None:
-    if deals_out(model):
-        raise ValueError(
-            "synflow runs the network with other weights, which sharded parameters do not allow; take score=snip."
-        )
-
-
-@criterion("synflow", check=_whole)
+@criterion(
+    "synflow",
+    check=not_of_shards(
+        "synflow runs the network with other weights, which sharded parameters do not allow; take score=snip."
+    ),
+)
 def synflow(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``|w| * dR/d|w|``, R being the sum of the outputs for an input of ones when every parameter is its absolute value.
 
@@ -34,7 +31,6 @@ def synflow(params: Mapping[str, Tensor], context: Context) -> Scores:
     Raises:
         ValueError: If there is no batch, what comes out is no tensor or too large a number, or parameters are sharded.
     """
-    _whole(list(params), context.model)
     batch = next(iter(context.batches), None)
     if batch is None:
         raise ValueError("synflow needs the shape of an example, and the training data gave no batch.")

@@ -6,16 +6,16 @@ something is averaged over ranks as a score; the others reduce ``g`` itself over
 count alike, whatever the number of their batches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mask.core.criteria.context import Context, Loss
-from lightning_mask.core.criteria.registry import Scores, criterion, require
+from lightning_mask.core.criteria.registry import Scores, criterion, not_of_shards
 from lightning_mask.core.distributed import mean_over_ranks
-from lightning_mask.core.sharding import deals_out, is_sharded, whole
+from lightning_mask.core.sharding import is_sharded, whole
 
 
 def _zeros(params: Mapping[str, Tensor]) -> Scores:
@@ -76,19 +76,9 @@ def fisher(params: Mapping[str, Tensor], context: Context) -> Scores:
 criterion("child_tuning_d")(fisher)
 
 
-def _not_of_shards(why: str) -> Callable[[Sequence[str], nn.Module], None]:
-    """A check that refuses parameters that are dealt out over ranks."""
-
-    def check(names: Sequence[str], model: nn.Module) -> None:
-        if deals_out(model):
-            raise ValueError(why)
-
-    return check
-
-
 @criterion(
     "fisher_per_example",
-    check=_not_of_shards(
+    check=not_of_shards(
         "fisher_per_example needs gradients of single examples, and those of sharded parameters are means over ranks; take "
         "score=fisher or fisher_sampled."
     ),
@@ -105,7 +95,6 @@ def fisher_per_example(params: Mapping[str, Tensor], context: Context) -> Scores
     Raises:
         ValueError: If a batch cannot be split, or parameters are sharded.
     """
-    require("fisher_per_example", list(params), context.model)
     return _mean(params, context, torch.square, split=True)
 
 
@@ -216,7 +205,7 @@ def grad_variance(params: Mapping[str, Tensor], context: Context) -> Scores:
 
 @criterion(
     "grasp",
-    check=_not_of_shards("grasp needs gradients of gradients, which sharded parameters do not give; take score=snip."),
+    check=not_of_shards("grasp needs gradients of gradients, which sharded parameters do not give; take score=snip."),
 )
 def grasp(params: Mapping[str, Tensor], context: Context) -> Scores:
     """``w * (H g)``: what pruning keeps so that the gradient's norm, and with it training, does not fall; H is the Hessian.
@@ -230,7 +219,6 @@ def grasp(params: Mapping[str, Tensor], context: Context) -> Scores:
     Raises:
         ValueError: If parameters are sharded.
     """
-    require("grasp", list(params), context.model)
     mean = _mean_gradient(params, context)
     total, count = _zeros(params), 0
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice

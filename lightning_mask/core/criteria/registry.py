@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mask.core.criteria.context import Context
 from lightning_mask.core.distributed import mean_over_ranks, rank
-from lightning_mask.core.sharding import is_sharded, local, reshard, shard, totals
+from lightning_mask.core.sharding import deals_out, is_sharded, local, reshard, shard, totals
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[Mapping[str, Tensor], Context], Scores]
@@ -91,6 +91,16 @@ def require(score: str | Criterion, names: Sequence[str], model: nn.Module) -> N
     for name, check in _CHECKS.items():
         if CRITERIA.get(name) is function:
             check(names, model)
+
+
+def not_of_shards(why: str) -> Check:
+    """Return a check that refuses parameters that are dealt out over ranks, and says why."""
+
+    def check(names: Sequence[str], model: nn.Module) -> None:
+        if deals_out(model):
+            raise ValueError(why)
+
+    return check
 
 
 def _function(score: Criterion) -> Criterion:
@@ -188,13 +198,15 @@ def compute(score: str | Criterion, params: Mapping[str, Tensor], context: Conte
     """Run a criterion, check what it returned, and average data-made scores over ranks.
 
     Raises:
-        ValueError: If a tensor is missing, is none of real numbers, has another shape, or holds nan.
+        ValueError: If it cannot score these (:func:`require`), or a tensor that it returned is missing, is none of real numbers,
+            has another shape, or holds nan.
 
     Warns:
         UserWarning: If all scores are 0, so that the order of the entries decides.
     """
     function = get(score)
     label = score if isinstance(score, str) else getattr(score, "__name__", name_of(score))
+    require(score, list(params), context.model)
     scores = function(params, context)
     if not isinstance(scores, Mapping):
         raise ValueError(
